@@ -155,12 +155,12 @@ def positions_text(positions: str | None) -> str:
 
 
 def plots_of(artefacts: Mapping[str, str], curves: Mapping[str, object] = NO_CURVES) -> Iterator[PagePicture]:
-    """Yield the pictures that the page doesn't draw itself, with their content; one that is gone has none."""
+    """Yield the pictures that the page doesn't draw from curves, with their content; one that is gone has none."""
     for title, path in artefacts.items():
         # The path of the report itself is an artefact as well.
-        if path.endswith(".png") and title not in curves:
+        if path.endswith((".png", ".json")) and title not in curves:
             png, chart = (_content(Path(path).with_suffix(suffix)) for suffix in (".png", ".json"))
-            chart = json.loads(chart) if png and chart else {}
+            chart = json.loads(chart) if chart else {}
             yield PagePicture(_PLOTS.get(title, title), Path(path).name if chart else path, png, chart=chart)
 
 

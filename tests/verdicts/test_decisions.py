@@ -9,6 +9,7 @@ from pytest_qsa.common.errors import AnomalyError
 from pytest_qsa.metrics import Answer, answered
 from pytest_qsa.metrics.series import Bounds, Query, Series
 from pytest_qsa.report.page import plots_of
+from pytest_qsa.report.plots.curves import drawn_by_page
 from pytest_qsa.report.plots.figures import draw
 from pytest_qsa.report.report import to_plain
 from pytest_qsa.report.verdict_text import failure_text, step_summary
@@ -136,6 +137,15 @@ def test_the_picture_says_how_many_decisions_fall_otherwise(tmp_path):
     assert "of the decisions fall otherwise" in shown.chart["title"]  # as text, which can be found and read aloud
     labels = [mark["label"] for mark in panel["marks"] if mark["label"]]
     assert labels == ["kept", "the model prefers another token", "nothing lost"]
+
+
+def test_the_page_draws_it_of_its_data_where_nothing_shows_a_picture(tmp_path):
+    capture, verdict = failed()
+    (whole,) = plots_of(draw(capture, verdict, tmp_path / "whole"))
+    drawn = draw(capture, verdict, tmp_path / "data", without=drawn_by_page(verdict))
+    assert [file.name for file in (tmp_path / "data").iterdir()] == ["margins.json"]
+    (shown,) = plots_of(drawn)
+    assert (shown.title, shown.chart) == (whole.title, whole.chart)
 
 
 def answers():

@@ -9,7 +9,7 @@ from typing import Any
 from ...captures import Capture
 from ...common import counted
 from ...verdicts import Verdict
-from .figures import judged_layers
+from .figures import CHARTED, judged_layers
 from .magnitudes import Outliers, judged_outliers, magnitudes_of, texts_of
 
 MOST_BARS = 12
@@ -25,8 +25,8 @@ def curves_of(verdict: Verdict, capture: Capture) -> dict[str, Curve]:
 
 
 def drawn_by_page(verdict: Verdict) -> set[str]:
-    """Return the names of the figures that the page draws itself, from a verdict's rows and curves."""
-    return {*verdict.curves, *(["value"] if len(verdict.rows) > 1 else [])}
+    """Return the names of the figures that the page draws itself: from a verdict's rows and curves, or from data."""
+    return {*verdict.curves, *CHARTED, *(["value"] if len(verdict.rows) > 1 else [])}
 
 
 def _value_curve(verdict: Verdict, capture: Capture) -> Curve | None:

@@ -44,6 +44,8 @@ from .style import (
 )
 
 COUNTED = ("tokens", "elements")
+CHARTED = ("margins", "answers")
+"""Titles of figures that the page draws from the data of their points."""
 
 
 @dataclass(frozen=True)
@@ -85,19 +87,30 @@ class Judged:
 
 
 def draw(capture: Capture, verdict: Verdict, folder: Path, *, without: Container[str] = ()) -> dict[str, str]:
-    """Draw all figures that fit a verdict as PNG into a folder, and the data of points for the page.
+    """Draw all figures that fit a verdict as PNG into a folder, and write the data of those that the page has no other.
 
-    Return title → absolute path of the PNG, most telling first. `without`: titles that nothing shows as a PNG.
+    Return title → absolute path of the PNG, or of the data alone; most telling first. `without`: titles that nothing
+    shows as a PNG.
 
     Raises:
         OSError: the folder can't be written.
     """
-    shown = {title: figure_of for title, figure_of in FIGURES.items() if title not in without}
-    figures = {title: figure_of(verdict, capture) for title, figure_of in shown.items()}
-    for title in ("margins", "answers"):  # which the page has no data for elsewhere
-        if (figure := figures.get(title)) is not None:
-            write_atomically(folder / f"{title}.json", json.dumps(chart_of(figure)))
-    return {title: save_png(figure, folder / f"{title}.png") for title, figure in figures.items() if figure is not None}
+    paths = {}
+    for title, figure_of in FIGURES.items():
+        if title in without and title not in CHARTED:
+            continue
+        if (figure := figure_of(verdict, capture)) is None:
+            continue
+        if title in CHARTED:
+            paths[title] = _save_chart(figure, folder / f"{title}.json")
+        if title not in without:
+            paths[title] = save_png(figure, folder / f"{title}.png")
+    return paths
+
+
+def _save_chart(figure: Figure, path: Path) -> str:
+    write_atomically(path, json.dumps(chart_of(figure)))
+    return str(path.resolve())
 
 
 def judged_layers(verdict: Verdict, capture: Capture) -> Judged | None:

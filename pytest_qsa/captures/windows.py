@@ -53,6 +53,6 @@ def _shift(one: NDArray[np.int32], other: NDArray[np.int32]) -> int:
         return 0
     heads = np.lib.stride_tricks.sliding_window_view(one[1:], LEAST_SHARED)
     for start in (np.flatnonzero((heads == other[:LEAST_SHARED]).all(axis=1)) + 1).tolist():
-        if len(other) >= len(one) - start and np.array_equal(one[start:], other[: len(one) - start]):
+        if np.array_equal(one[start:], other[: len(one) - start]):  # not of one that ends earlier
             return int(start)
     return 0

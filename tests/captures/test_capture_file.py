@@ -1,4 +1,4 @@
-"""The file of a capture: read once into memory, and refused where the place of an array can't be."""
+"""The file of a capture: as safetensors writes it, read into memory once, refused where an array can't lie."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from pytest_qsa.captures import TOKENS, Capture, SiteNumbers
+from pytest_qsa.captures.arrays import safetensors_arrays, safetensors_header, safetensors_parts
 from pytest_qsa.common import InfraError, QsaWarning
 from support.captures import same, without_checksum
 
@@ -26,6 +28,25 @@ def capture_of(tokens):
         arrays={"token_max": np.arange(tokens, dtype=np.float32), "peaks": np.zeros((1, 0), np.int32)},
     )
     return Capture({("layers.0", "output"): numbers}, modules=("layers.0",))
+
+
+def test_a_file_is_what_safetensors_writes_and_reads(tmp_path):
+    kinds = ("bool", "u1", "i1", "u2", "i2", "f2", "u4", "i4", "f4", "u8", "i8", "f8")
+    arrays = {f"{place}/{kind}": np.arange(6).reshape(2, 3).astype(kind).T for kind in kinds for place in (10, 9)}
+    arrays |= {"none": np.zeros((0, 3), np.float32), "scalar": np.array(2.5), 'a "b" \\ é': np.ones(3, np.int32)}
+    expected = save({name: array.copy("C") for name, array in arrays.items()}, {"qsa": '{"é": "\\n"}'})
+    content = b"".join(safetensors_parts(arrays, {"qsa": '{"é": "\\n"}'}))
+    assert content == expected
+    read = safetensors_arrays(content, safetensors_header(content))
+    assert read.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert read[name].dtype == array.dtype
+        np.testing.assert_array_equal(read[name], array)
+
+    whole = capture_of(8)
+    whole.save(tmp_path / "a.qsa")
+    assert (tmp_path / "a.qsa").read_bytes() == whole.to_bytes()
+    assert same(Capture.load(tmp_path / "a.qsa"), whole)
 
 
 def test_a_file_is_read_into_memory_once(tmp_path):

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from safetensors.numpy import save
 
 from pytest_qsa import Capture, capture
-from pytest_qsa.captures.arrays import safetensors_parts
+from pytest_qsa.captures import TOKENS, SiteNumbers
 from pytest_qsa.captures.merging import merge
 from pytest_qsa.captures.provenance import DataProvenance, ModelProvenance, Provenance, SampleRange
 from pytest_qsa.captures.statistics import LAYOUTS
@@ -46,19 +45,6 @@ def assert_same_bytes(one, other):
     assert same  # a capture's repr takes minutes
 
 
-def test_a_captures_file_is_what_safetensors_writes_and_reads(tmp_path):
-    kinds = ("bool", "u1", "i1", "u2", "i2", "f2", "u4", "i4", "f4", "u8", "i8", "f8")
-    arrays = {f"{place}/{kind}": np.arange(6).reshape(2, 3).astype(kind).T for kind in kinds for place in (10, 9)}
-    arrays |= {"none": np.zeros((0, 3), np.float32), "scalar": np.array(2.5), 'a "b" \\ é': np.ones(3, np.int32)}
-    expected = save({name: array.copy("C") for name, array in arrays.items()}, {"qsa": '{"é": "\\n"}'})
-    assert b"".join(safetensors_parts(arrays, {"qsa": '{"é": "\\n"}'})) == expected
-
-    found = capture(models.llama(), batches(2), sites=[(r"layers\.\d+$", "output")])
-    found.save(tmp_path / "c.qsa")
-    assert (tmp_path / "c.qsa").read_bytes() == found.to_bytes()
-    assert_same_bytes(Capture.load(tmp_path / "c.qsa"), found)
-
-
 @pytest.fixture(scope="module", params=BUILDERS)
 def parts_and_whole(request):
     model = BUILDERS[request.param]()
@@ -85,6 +71,31 @@ ASKED_FOR = [
     "int8_outlier_features",
     ("quantization_sqnr", {"scheme": "int4", "by": "group", "group_size": 12}),
 ]
+
+
+def expert(*samples, shape=(1, 4)):
+    """Return the numbers of a layer that saw a token of these samples alone."""
+    numbers = np.array(samples, np.int32)
+    maxima = {"token_max": numbers.astype(np.float32), "peaks": numbers[:, None], "peak_channels": numbers[:, None]}
+    return SiteNumbers(
+        "float32", shape, True, frozenset({TOKENS}), numbers, 0 * numbers, np.ones(len(numbers), int), maxima
+    )
+
+
+def test_samples_that_a_layer_did_not_see_count_all_the_same_and_what_is_last_is_of_the_last_part():
+    ids = np.arange(3, dtype=np.int32)
+    first = Capture({("e", "output"): expert(0)}, ("e",), tokens=(ids, ids), pieces={5: "five", 2: "two"})
+    last = Capture({("e", "output"): expert(0, shape=(2, 4))}, ("e",), tokens=(ids,), pieces={3: "three"})
+    merged = merge([first, last])
+    assert merged.sites["e", "output"].sample.tolist() == [0, 2]
+    assert merged.sites["e", "output"].shape == (2, 4)
+    assert list(merged.pieces) == [2, 3, 5]
+
+
+def test_the_reference_of_parts_that_merge_says_nothing_of_samples():
+    parts = [told(Capture({}, reference=Capture({})), *span, 3) for span in ((0, 2), (2, 3))]
+    assert merge(parts).reference.provenance.samples is None
+    assert merge(parts[:1]).reference.provenance.samples is None
 
 
 def test_what_only_the_sites_that_ask_for_it_have_merges_as_well():

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from pytest_qsa import capture
+from pytest_qsa.captures import TOKENS, Sinks, SiteNumbers, find_sinks
+from pytest_qsa.captures.sinks import Sink
 from pytest_qsa.common.errors import AnomalyError
 from support import models, oracle
 
@@ -52,6 +54,58 @@ def test_a_quarter_of_the_blocks_is_enough_and_less_is_not():
     assert spots(captured(script(8, sinks=[(i, 0, 0, 3, 300.0) for i in (1, 6)]))) == [(0, 0, 3)]
     assert spots(captured(script(8, sinks=[(1, 0, 0, 3, 300.0)]))) == []
     assert spots(captured(script(9, sinks=[(i, 0, 0, 3, 300.0) for i in (1, 6)]))) == []
+
+
+def block(*calls):
+    """Return the numbers of a block that is called so often for one sample. A call: the largest |x| of each token."""
+    tokens = np.array(calls, dtype=np.float32)
+    zeros = np.zeros(len(calls), np.int32)
+    return SiteNumbers(
+        dtype="float32",
+        shape=(WIDTH,),
+        token_axis=True,
+        statistics=frozenset({TOKENS}),
+        sample=zeros,
+        call=np.arange(len(calls), dtype=np.int32),
+        lengths=zeros.astype(np.int64) + tokens.shape[1],
+        arrays={
+            "token_max": tokens.ravel(),
+            "peaks": tokens.argmax(axis=1).astype(np.int32)[:, None],
+            "peak_channels": zeros[:, None] + 3,
+        },
+    )
+
+
+def test_a_block_that_is_called_twice_for_a_sample_counts_once():
+    loud, plain = [300.0, 1.0, 1.0], [1.0, 1.0, 1.0]
+    others = {f"layers.{index}": block(plain, plain) for index in range(2, 8)}
+    once = {"layers.0": block(loud, loud), "layers.1": block(plain, plain), **others}
+    assert find_sinks(once).found == ()
+    (sink,) = find_sinks({**once, "layers.1": block(plain, loud)}).found
+    assert sink.layers == ("layers.0", "layers.1")
+
+
+def test_a_token_of_zeros_is_part_of_the_median():
+    blocks = {"layers.0": block([0.0, 1.0, 3.0, 100.0])}  # the lower median is 1; without the zero it would be 3
+    assert [sink.ratio for sink in find_sinks(blocks).found] == [100.0]
+
+
+def sinks_of(*places):
+    """Return the sinks of the first sample at these places: trunk and position."""
+    sinks = [Sink(trunk, 0, position, 3, (f"{trunk}.0",), 300.0) for trunk, position in places]
+    return Sinks(tuple(sinks), searched=True, trunks=tuple(dict.fromkeys(trunk for trunk, _ in places)))
+
+
+def test_of_trunks_in_one_another_the_innermost_has_the_sinks_of_a_layer():
+    for places in ((("model.layers", 1), ("model.tower.layers", 2)), (("model.tower.layers", 2), ("model.layers", 1))):
+        sinks = sinks_of(*places)
+        assert np.flatnonzero(sinks.mask(0, 4, "model.tower.layers.0.mlp")).tolist() == [2]
+        assert np.flatnonzero(sinks.mask(0, 4, "model.layers.0.mlp")).tolist() == [1]
+        assert np.flatnonzero(sinks.mask(0, 4, "lm_head")).tolist() == [1, 2]
+
+
+def test_a_sink_behind_the_end_of_a_shorter_call_masks_nothing_there():
+    assert np.flatnonzero(sinks_of(("model.layers", 1), ("model.layers", 6)).mask(0, 4, "lm_head")).tolist() == [1]
 
 
 def test_the_channel_has_to_be_the_same_in_those_layers():

@@ -1,4 +1,4 @@
-"""Every metric against tests/oracle.py, on activations that plain hooks record from a Llama, and on scripted ones."""
+"""Every metric against tests/support/oracle.py, on activations that plain hooks record from a Llama, and scripted."""
 
 from __future__ import annotations
 

@@ -368,7 +368,7 @@ def test_no_text_of_a_suite_is_a_command_in_the_log(own_project, llama, options)
 def test_the_documented_pipelines_fit_their_services_schemas(tmp_path, job, schema):
     text = (ROOT / "docs/ci.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```yaml\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    pipeline = next(block for block in blocks if f" {job}:" in block)  # tests/documents.py runs what all of them say
+    pipeline = next(block for block in blocks if f" {job}:" in block)  # test_documents.py runs what all of them say
 
     def check(content):
         path = tmp_path / "pipeline.yaml"

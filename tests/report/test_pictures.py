@@ -1,6 +1,6 @@
 """The pictures of an analysis: what they show, and that each looks as it did, in thumbnails compared with a tolerance.
 
-`QSA_UPDATE_IMAGES=1 pytest tests/test_pictures.py` draws the thumbnails anew; look at them before you commit them.
+`QSA_UPDATE_IMAGES=1 pytest tests/report/test_pictures.py` draws the thumbnails anew: look at them before a commit.
 """
 
 from __future__ import annotations

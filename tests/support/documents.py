@@ -203,7 +203,7 @@ class Reader:
 
     def _type(self, words, reason):
         program, *arguments = words
-        if program == "torchrun":  # its ranks are tests/test_ranks.py's; here is what each of them runs
+        if program == "torchrun":  # its ranks are tests/engine/test_ranks.py's; here is what each of them runs
             program, arguments = "qsa", arguments[arguments.index("pytest_qsa") + 1 :]
         if program == "pytest":
             self._pytest(*arguments, *(["--co"] if reason else []))
@@ -218,7 +218,7 @@ class Reader:
         elif program == "python":
             assert (ROOT / arguments[0]).exists()
         else:
-            assert reason, f"tests/documents.py knows no program '{program}'"
+            assert reason, f"tests/support/documents.py knows no program '{program}'"
 
     def _pytest(self, *arguments):
         self.waiting = [name for name in self.waiting if name not in arguments]

@@ -51,7 +51,8 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
             compiled = re.compile(pattern)
     # A count too large for C is an OverflowError, a hundred nested groups a RecursionError.
     except (re.error, OverflowError, RecursionError) as error:
-        raise SuiteError(f"'{pattern}' is not a regular expression: {error}") from None
+        glob = "; a glob's * is .* here" if pattern.startswith("*") else ""
+        raise SuiteError(f"'{pattern}' is not a regular expression: {error}{glob}") from None
     if (repeats := _repeats(pattern)) > MAX_REPEATS:
         raise SuiteError(f"the regex '{pattern}' repeats a part {repeats:,} times; at most {MAX_REPEATS:,}")
     return compiled

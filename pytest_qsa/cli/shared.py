@@ -44,7 +44,7 @@ def command_parser(
         prog=program,
         usage=usage and f"{program} {usage}",
         description=docstring,
-        epilog="\n  ".join(["examples:", *(line.replace("%", "%%") for line in examples)]) if examples else None,
+        epilog="\n  ".join(["examples:", *examples]) if examples else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_verbose(parser, verbose)

@@ -337,7 +337,9 @@ class Gate:
             return subject.key
         model, batches = request.getfixturevalue("qsa_model"), request.getfixturevalue("qsa_batches")
         if model is None:
-            raise SuiteError("there is no subject: give --qsa-config, --qsa-model, or a session fixture qsa_model")
+            raise SuiteError(
+                "no model is named: add model.path to the suite, give --qsa-model, --qsa-config or a fixture qsa_model"
+            )
         key = f"{subject.key}:{id(model)}:{id(batches)}"
         if key not in self._fixtures:
             self._fixtures[key] = batches

@@ -220,7 +220,9 @@ def _merged_assertions(old: dict[str, Node], new: dict[str, Node]) -> list[Node]
 
 def _check_removal(name: str, over: Node, old: dict[str, Node]) -> None:
     if over.value is not None:
-        raise SuiteError(f"{over.place}: assertions: '{name}' is a mapping of an assertion's keys, or null")
+        if name in ("id", "metric"):
+            raise SuiteError(f"{over.place}: assertions is a list: begin each assertion with a dash, `- id: …`")
+        raise SuiteError(f"{over.place}: assertions: '{name}' should have the keys of an assertion, or be null")
     if name not in old:
         hint = did_you_mean(name, old)
         raise SuiteError(f"{over.place}: no suite that this one extends has an assertion '{name}'{hint}")

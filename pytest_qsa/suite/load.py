@@ -473,6 +473,10 @@ def _message(problem: Any, location: Location) -> str:
     if kind.startswith("union_tag"):
         return f"{key}: write a number, or what follows the last release, {{of: previous}}, not {given!r:.100}"
     what = str(problem["msg"]).removeprefix("Input ")
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        what = "should be a mapping of keys"  # pydantic speaks of instances of our classes
+    if kind == "string_type" and isinstance(given, int | float):
+        what = "should be a text, so put it in quotes"
     text = repr(given)
     return f"{key}: {what}, not {text if len(text) <= 100 else f'{text[:100]}…'}"
 

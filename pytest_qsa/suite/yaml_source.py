@@ -274,4 +274,8 @@ def _syntax_error(path: Path, error: yaml.YAMLError) -> str:
     if "unknown escape character" in problem:
         problem += "; in double quotes a backslash is YAML's own: "
         problem += r"write a regex without quotes or in single ones, 'layers\.\d+$'"
+    if "'\\t'" in problem:
+        problem += "; indent by spaces, not by tabs"
+    if "expected <block end>" in problem:
+        problem += "; it is indented otherwise than the lines above it"
     return f"{shown_path(path)}:{line}: not valid YAML: {problem}"

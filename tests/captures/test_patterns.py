@@ -41,6 +41,7 @@ def test_a_pattern_finds_layers_in_the_order_of_the_model(pattern, exclude, foun
         ("(", "is not a regular expression"),
         ("\bq_proj", "control character"),
         ("[a-", "is not a regular expression"),
+        ("*.down_proj", r"a glob's \* is \.\* here"),
         ("x{99999999999}", "is not a regular expression"),
         ("(" * 500 + ")" * 500, "is not a regular expression"),
         ("((a{100}|b)+c){101}", "repeats a part 10,100 times"),

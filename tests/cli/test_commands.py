@@ -110,6 +110,7 @@ def test_the_help_is_short_and_ends_with_examples_and_the_keys_have_a_help_of_th
     out = capsys.readouterr().out
     assert len(out.splitlines()) <= 50
     assert f"\nexamples:\n  qsa {name} " in out
+    assert "%%" not in out
     assert "--data.seq_len" not in out
     assert main([name, "--help-keys", "data"]) == 0
     out = capsys.readouterr().out

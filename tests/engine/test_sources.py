@@ -19,6 +19,12 @@ def test_an_unknown_source_says_what_there_is(tmp_path, source):
         read_texts(Data(source=source), tmp_path)
 
 
+def test_a_file_that_is_named_without_its_kind_is_recognized(tmp_path):
+    (tmp_path / "texts.jsonl").write_text("{}")
+    with pytest.raises(InfraError, match=r"'texts\.jsonl' \(did you mean 'custom:texts\.jsonl'\?\)"):
+        read_texts(Data(source="texts.jsonl"), tmp_path)
+
+
 def write(folder, name, content):
     (folder / name).write_bytes(content.encode("utf-8"))
     return Data(source=f"custom:{name}")

@@ -212,7 +212,8 @@ def test_a_path_of_a_base_leads_to_the_same_file_from_the_suite(write, case):
     [
         ("assertions: {gon: null}\n", "a/one.qsa.yaml:2: no suite that this one extends has an assertion 'gon' ("),
         ("assertions: [{id: peak, max: 2}]\n", "a/one.qsa.yaml:2: the key 'metric' is missing: no suite that this one"),
-        ("assertions: {peaks: 3}\n", "a/one.qsa.yaml:2: assertions: 'peaks' is a mapping of an assertion's keys"),
+        ("assertions: {peaks: 3}\n", "a/one.qsa.yaml:2: assertions: 'peaks' should have the keys of an assertion"),
+        ("assertions:\n  id: peaks\n  max: 3\n", "a/one.qsa.yaml:3: assertions is a list: begin each"),
         ("assertions: {peaks: , drift: , gone: }\n", "a/one.qsa.yaml:2: no assertion is left"),
         ("assertions: {peaks: {max: many}}\n", "a/one.qsa.yaml:2: max: should be a valid number"),
         ("assertions: {drift: {site: inptu}}\n", "a/one.qsa.yaml:2: site: 'inptu' is none of"),

@@ -104,6 +104,8 @@ def changed(old, new):
         pytest.param("data: {custom: {fromat: csv}}\n" + GOOD, 1, "(did you mean 'format'?)", id="misspelt deep key"),
         pytest.param(GOOD + "    baseline: {rell: 1}\n", 8, "(did you mean 'rel'?)", id="misspelt baseline key"),
         pytest.param(changed("max: 1", "max: many"), 7, "max: should be a valid number, not 'many'", id="wrong type"),
+        pytest.param("memory: [a]\n" + GOOD, 1, "memory: should be a mapping of keys, not", id="a section as a list"),
+        pytest.param(changed("id: peaks", "id: 7"), 3, "id: should be a text, so put it in quotes", id="a number"),
         pytest.param(changed("max: 1", "max: true"), 7, "max: should be a valid number", id="a truth is no number"),
         pytest.param(changed("max: 1", "max: .nan"), 7, "max: should be a finite number", id="NaN bound"),
         pytest.param("data: {num_samples: 0}\n" + GOOD, 1, "num_samples: should be greater than 0", id="no samples"),

@@ -79,7 +79,7 @@ def windows_of(texts: Sequence[str], data: Data, tokenizer: TextTokenizer) -> Te
         raise InfraError(
             f"too little text in '{data.source}': {len(stream)} tokens make {available} windows of {data.seq_len}"
             f"{f' that begin {data.stride} apart' if data.stride else ''}, "
-            f"and data.num_samples asks for {data.num_samples}"
+            f"and data.num_samples asks for {data.num_samples}: ask for fewer, or name a longer text"
         )
     random = np.random.default_rng(data.seed)
     if data.stride is None:

@@ -63,8 +63,10 @@ def read_texts(data: Data, folder: Path) -> list[Any]:
     path = local_path(data, folder)
     if path is None:
         named = [*SHIPPED, PROMPTS, *MEDIA, *BUILTIN]
+        is_there = (folder / data.source).exists()
+        near = f" (did you mean 'custom:{data.source}'?)" if is_there else did_you_mean(data.source, named)
         raise InfraError(
-            f"unknown data source '{data.source}'{did_you_mean(data.source, named)}: use {', '.join(named)}, hf:NAME, "
+            f"unknown data source '{data.source}'{near}: use {', '.join(named)}, hf:NAME, "
             "or custom:PATH of a text, JSON, JSONL, CSV or parquet file or a folder"
         )
     if _is_set(path, data):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -219,7 +220,7 @@ def _numbers(values: Sequence[Any] | Any) -> list[float | None]:
 
 def _short(value: float) -> float | None:
     """Keep four digits, which no plot shows more of; None is a gap."""
-    return float(f"{value:.4g}") if np.isfinite(value) else None
+    return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 def _label(label: object) -> str:

@@ -46,3 +46,22 @@ def test_a_row_without_probabilities_has_no_overlap(value):
     for one, other in ((sound, broken), (broken, sound)):
         found = compared_logits("overlap", one, other)
         assert torch.isnan(found).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("offset", [0.0, 290.0, 310.0, 1000.0, -310.0, -1000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scores_are_exact_wherever_the_logits_lie(dtype, offset):
+    own, reference = (torch.randn(5, 1300, generator=torch.Generator().manual_seed(s)) * 3 for s in (1, 2))
+    reference, own = (reference + offset).to(dtype), own.to(dtype)  # one of them may be far from zero, or both
+    following = torch.tensor([4, 0, 1299, 49, 7])
+    for y, x in ((own, reference), (reference, reference.roll(1, 1))):
+        p, q = (softmax(logits.double().numpy()) for logits in (x, y))
+        apart = np.log(p) - np.log(q)
+        found = comparison_of(y, x, following, ["overlap"]).numpy()
+        rows = np.arange(5)
+        np.testing.assert_allclose(found[:, 0], -np.log(q[rows, following]), rtol=1e-10)
+        np.testing.assert_allclose(found[:, 1], -np.log(p[rows, following]), rtol=1e-10)
+        np.testing.assert_allclose(found[:, 2], (p * apart).sum(1), rtol=1e-9)
+        np.testing.assert_array_equal(found[:, 3], q[rows, p.argmax(1)] == q.max(1))
+        np.testing.assert_allclose(found[:, 4], np.minimum(p, q).sum(1), rtol=1e-10)
+        np.testing.assert_allclose(scores_of(y, None, following).numpy()[:, 0], found[:, 0], rtol=1e-12)

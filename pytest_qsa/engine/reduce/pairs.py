@@ -177,11 +177,19 @@ def _fused_scores(own: Tensor, reference: Tensor | None, following: Array, *, ov
     pair_kernels, threads = _kernels()
     found = np.full((len(own), 5 if overlap else 4), np.nan)
     if reference is None:
-        pair_kernels.score_rows(rows_of_logits(own), following, found[:, 0], threads)
+        pair_kernels.score_rows(rows_of_logits(own), following, found[:, 0], _raised(), threads)
     else:
-        pair_kernels.compare_rows(rows_of_logits(reference), rows_of_logits(own), following, found, threads)
+        pair_kernels.compare_rows(rows_of_logits(reference), rows_of_logits(own), following, found, _raised(), threads)
         found[:, 2] = np.maximum(found[:, 2], 0.0)  # as in cuda_scores
     return found
+
+
+@cache
+def _raised() -> Array:
+    """Return e^x of each bfloat16 by its pattern, [65536] float64; at least e^−700, as the kernels raise others."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
+        return np.exp(np.maximum(values, -700.0))
 
 
 def _scores(own: Tensor, reference: Tensor | None, following: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from numba.extending import overload
 _CHUNK = 512
 """Exponentials that are computed at a time, so that they stay in the L1 cache."""
 _SIGNLESS, _MAGNITUDE, _HALF = np.uint32(0x7FFFFFFF), np.int32(0x7FFFFFFF), np.uint32(16)
+_KNOWN = 300.0
+"""Rows of bfloat16 whose largest value is no larger in magnitude are raised without it: no sum leaves float64."""
 _LOG2E = 1.4426950408889634
 _LN2_HIGH, _LN2_LOW = 0.6931471803691238, 1.9082149292705877e-10
 _MATH = {"reassoc", "contract", "nsz", "arcp"}
@@ -104,19 +106,6 @@ def _largest(bits):
     return top
 
 
-@_inner
-def _top(bits):
-    """Return where the largest of a row of float32 is, by its bits, int32: they order as the values do, NaN above all.
-
-    The first such place, where some are equal.
-    """
-    top = _ordered_bits(_largest(bits))
-    for at in range(bits.shape[0]):
-        if bits[at] == top:
-            return at
-    return 0
-
-
 @_ordered
 def _exponentials(logits, top, found, powers, exponents):
     """Fill found with e^(x − top) of float32 logits, within 1e-11 of itself; smaller results become e^−700.
@@ -135,6 +124,107 @@ def _exponentials(logits, top, found, powers, exponents):
         exponents[at] = (np.int64(turns) + 1023) << 52
     for at in range(logits.shape[0]):
         found[at] *= powers[at]
+
+
+@_inner
+def _top(row):
+    """Return where the largest of a row is, NaN above all: the first such place, where some are equal."""
+    best, where = -(1 << 40), 0
+    for start in range(0, row.shape[0], _CHUNK):
+        largest = _largest_key(row[start : start + _CHUNK])
+        if largest > best:
+            best, where = largest, start
+    for at in range(where, min(where + _CHUNK, row.shape[0])):
+        if _largest_key(row[at : at + 1]) == best:
+            return at
+    return 0
+
+
+def _largest_key16(row):
+    top = np.int16(-(1 << 15))
+    for at in range(row.shape[0]):
+        bits = np.int16(row[at])
+        top = max(top, np.int16(bits ^ np.int16(np.int16(bits >> np.int16(15)) & np.int16(0x7FFF))))
+    return np.int64(top)
+
+
+def _largest_key32(row):
+    return np.int64(_largest(row.view(np.int32)))
+
+
+def _largest_key(row):
+    """Return an integer that orders as the largest of a row, float32 or patterns of bfloat16, does; NaN above all."""
+
+
+@overload(_largest_key)
+def _largest_key_any(row):
+    if row.dtype == types.uint16:
+        return _largest_key16
+    return _largest_key32
+
+
+def _value16(row, at):
+    return np.float64(np.uint32(np.uint32(row[at]) << _HALF).view(np.float32))
+
+
+def _value32(row, at):
+    return np.float64(row[at])
+
+
+def _value(row, at):
+    """Return one value of a row of float32, or of the patterns of bfloat16."""
+
+
+@overload(_value)
+def _value_any(row, at):
+    if row.dtype == types.uint16:
+        return _value16
+    return _value32
+
+
+def _base16(row, at):
+    return 0.0 if abs(_value(row, at)) <= _KNOWN else _value(row, at)
+
+
+def _base32(row, at):
+    return _value(row, at)
+
+
+def _base(row, at):
+    """Return what the values of a row are raised without, whose largest is at a place: as `_raise` takes it."""
+
+
+@overload(_base)
+def _base_any(row, at):
+    if row.dtype == types.uint16:
+        return _base16
+    return _base32
+
+
+def _raise16(row, logits, base, raised, found, powers, exponents):
+    if base == 0.0:
+        for at in range(row.shape[0]):
+            found[at] = raised[row[at]]
+    else:
+        _exponentials(logits, base, found, powers, exponents)
+
+
+def _raise32(row, logits, base, raised, found, powers, exponents):
+    _exponentials(logits, base, found, powers, exponents)
+
+
+def _raise(row, logits, base, raised, found, powers, exponents):
+    """Fill found with e^(x − base) of a part of a row, float32 or the patterns of bfloat16; logits: as float32.
+
+    raised [65536]: e^x of each bfloat16.
+    """
+
+
+@overload(_raise)
+def _raise_any(row, logits, base, raised, found, powers, exponents):
+    if row.dtype == types.uint16:
+        return _raise16
+    return _raise32
 
 
 @_ordered
@@ -158,92 +248,100 @@ def _sum(values, count):
 
 
 @_ordered
-def _nll(own, token, top, scratch, exponents):
-    """Return −ln of the probability of a token."""
-    mass = 0.0
+def _nll(own, token, raised, bits, scratch):
+    """Return −ln of the probability of a token of a row. bits, scratch: as `_scratch` makes them."""
+    logits, powers, base, mass = bits.view(np.float32), scratch[1], _base(own, _top(own)), 0.0
     for start in range(0, own.shape[0], _CHUNK):
         part = own[start : start + _CHUNK]
-        _exponentials(part, top, scratch[0], scratch[1], exponents)
+        x = logits[0, : part.shape[0]]
+        _widen(part, bits[0], x)
+        _raise(part, x, base, raised, scratch[0], powers, powers.view(np.int64))
         mass += _sum(scratch[0], part.shape[0])
-    return top + np.log(mass) - np.float64(own[token])
+    return base + np.log(mass) - _value(own, token)
 
 
 @_ordered
 def _common(raised, mass, rest, scratch):
     """Return Σ min(p, q) of two rows of exponentials, [2, V], and their sums."""
-    common = 0.0
+    common, one, other = 0.0, 1.0 / mass, 1.0 / rest
     for start in range(0, raised.shape[1], _CHUNK):
         p, q = raised[0, start : start + _CHUNK], raised[1, start : start + _CHUNK]
         for at in range(p.shape[0]):
-            scratch[at] = min(p[at] / mass, q[at] / rest)
+            scratch[at] = min(p[at] * one, q[at] * other)
         common += _sum(scratch, p.shape[0])
     return common
 
 
 @_ordered
-def _compare(reference, own, tops, token, scratch, exponents, raised, found):
-    """Fill found [4] with `SCORE_NAMES` of two rows, [5] with Σ min(p, q) too; tops [2]: their largest values.
+def _compare(reference, own, token, raised, bits, scratch, whole, found):
+    """Fill found [4] with `SCORE_NAMES` of two rows, [5] with Σ min(p, q) too. bits, scratch: as `_scratch` makes them.
 
-    raised: room for the exponentials of both rows, [2, V] where they are needed again, else [2, _CHUNK].
+    whole: room for the exponentials of both rows, [2, V] where they are needed again, else [2, _CHUNK].
     """
+    logits, powers = bits.view(np.float32), scratch[1]
+    exponents = powers.view(np.int64)
+    likeliest, decided = _top(reference), _top(own)
+    theirs, ours = _base(reference, likeliest), _base(own, decided)
     mass = rest = weighted = 0.0
-    whole = found.shape[0] > 4
+    again = found.shape[0] > 4
     for start in range(0, own.shape[0], _CHUNK):
-        x, y = reference[start : start + _CHUNK], own[start : start + _CHUNK]
-        at_once = start if whole else 0
-        p, q = raised[0, at_once : at_once + _CHUNK], raised[1, at_once : at_once + _CHUNK]
-        _exponentials(x, tops[0], p, scratch[1], exponents)
-        _exponentials(y, tops[1], q, scratch[1], exponents)
+        one, other = reference[start : start + _CHUNK], own[start : start + _CHUNK]
+        x, y = logits[0, : one.shape[0]], logits[1, : one.shape[0]]
+        _widen(one, bits[0], x)
+        _widen(other, bits[1], y)
+        at_once = start if again else 0
+        p, q = whole[0, at_once : at_once + _CHUNK], whole[1, at_once : at_once + _CHUNK]
+        _raise(one, x, theirs, raised, p, powers, exponents)
+        _raise(other, y, ours, raised, q, powers, exponents)
         mass += _sum(p, x.shape[0])
         rest += _sum(q, x.shape[0])
+        products = scratch[0]
         for at in range(x.shape[0]):
-            scratch[0, at] = p[at] * (np.float64(x[at]) - np.float64(y[at]))
-        weighted += _sum(scratch[0], x.shape[0])
-    normaliser, other = tops[0] + np.log(mass), tops[1] + np.log(rest)
+            products[at] = p[at] * (np.float64(x[at]) - np.float64(y[at]))
+        weighted += _sum(products, x.shape[0])
+    normaliser, rest_normaliser = theirs + np.log(mass), ours + np.log(rest)
     if token >= 0:
-        found[0] = other - np.float64(own[token])
-        found[1] = normaliser - np.float64(reference[token])
-    found[2] = weighted / mass - normaliser + other
-    if whole and np.isfinite(tops[0]) and np.isfinite(tops[1]):
-        found[4] = _common(raised, mass, rest, scratch[0])
+        found[0] = rest_normaliser - _value(own, token)
+        found[1] = normaliser - _value(reference, token)
+    found[2] = weighted / mass - normaliser + rest_normaliser
+    # By value, not by index: a tie is no difference.
+    found[3] = 1.0 if _value(own, likeliest) == _value(own, decided) else 0.0
+    if again and np.isfinite(theirs) and np.isfinite(ours):
+        found[4] = _common(whole, mass, rest, scratch[0])
+
+
+@_inner
+def _scratch():
+    """Return room for a part of two rows as float32, by its bits, [2, _CHUNK], and for two parts' exponentials."""
+    return np.empty((2, _CHUNK), dtype=np.int32), np.empty((2, _CHUNK), dtype=np.float64)
 
 
 @_parallel_ordered
-def score_rows(own, following, found, threads):
+def score_rows(own, following, found, raised, threads):
     """Fill found [T] with −ln of the probability of the token that follows, of logits [T, V]; NaN stays where it is −1.
 
-    own: float32, or the patterns of bfloat16, uint16.
+    own: float32, or the patterns of bfloat16, uint16; raised [65536]: e^x of each bfloat16.
     """
     share = (own.shape[0] + threads - 1) // threads
     for thread in prange(threads):
-        scratch, bits = np.empty((2, _CHUNK), dtype=np.float64), np.empty(own.shape[1], dtype=np.int32)
-        logits = bits.view(np.float32)
+        bits, scratch = _scratch()
         for row in range(thread * share, min((thread + 1) * share, own.shape[0])):
             if following[row] >= 0:
-                _widen(own[row], bits, logits)
-                top = np.float64(logits[_top(bits)])
-                found[row] = _nll(logits, following[row], top, scratch, scratch.view(np.int64)[1])
+                found[row] = _nll(own[row], following[row], raised, bits, scratch)
 
 
 @_parallel_ordered
-def compare_rows(reference, own, following, found, threads):
+def compare_rows(reference, own, following, found, raised, threads):
     """Fill found with `SCORE_NAMES` of two logits [T, V], [T, 4], and with Σ min(p, q) where it is [T, 5].
 
     As those of `score_rows`; following: −1 for none. A row that has no softmax leaves the fifth number as it is.
     """
     share = (own.shape[0] + threads - 1) // threads
     for thread in prange(threads):
-        scratch, bits = np.empty((2, _CHUNK), dtype=np.float64), np.empty((2, own.shape[1]), dtype=np.int32)
-        raised = np.empty((2, own.shape[1] if found.shape[1] > 4 else _CHUNK), dtype=np.float64)
-        x, y, tops = bits[0].view(np.float32), bits[1].view(np.float32), np.empty(2)
+        bits, scratch = _scratch()
+        whole = np.empty((2, own.shape[1] if found.shape[1] > 4 else _CHUNK), dtype=np.float64)
         for row in range(thread * share, min((thread + 1) * share, own.shape[0])):
-            _widen(reference[row], bits[0], x)
-            _widen(own[row], bits[1], y)
-            likeliest = _top(bits[0])
-            tops[0], tops[1] = x[likeliest], y[_top(bits[1])]
-            _compare(x, y, tops, following[row], scratch, scratch.view(np.int64)[1], raised, found[row])
-            # By value, not by index: a tie is no difference.
-            found[row, 3] = 1.0 if y[likeliest] == tops[1] else 0.0
+            _compare(reference[row], own[row], following[row], raised, bits, scratch, whole, found[row])
 
 
 @_parallel

@@ -74,21 +74,23 @@ def measured(options: argparse.Namespace) -> dict[str, float]:
     if options.variant == "accelerate":
         models._placement = lambda *_: {"device_map": {"": "disk"}}
     with counted() as materialised:
+        begin = time.perf_counter()
         loaded = models.load_model(Model(path=str(options.folder)), str(options.folder), memory, allow_code=False)
         tokens = torch.Generator().manual_seed(0)
         batches = [torch.randint(0, 32000, (1, options.seq_len), generator=tokens) for _ in range(options.samples)]
         requests = [Request(r"layers\.\d+$", "output", None, frozenset({TOKENS, COUNTS})),
                     Request("lm_head", "input", None, frozenset({TOKENS})),
                     Request("lm_head", "output", None, frozenset({TOKENS}))]  # fmt: skip
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         capture = run_pass(loaded.model, batches, requests, stream=loaded.stream)
-        seconds = time.perf_counter() - start
+        seconds, processor = time.perf_counter() - start, time.process_time() - processor
     import hashlib
 
     digest = float(int(hashlib.sha256(capture.to_bytes()).hexdigest()[:12], 16))
     read = loaded.stream.shards.bytes_read if loaded.stream else materialised[0]
     loaded.close()
-    return {"seconds": seconds, "resident": resident(), "read": float(read), "digest": digest}
+    return {"seconds": seconds, "processor": processor, "load": start - begin, "whole": start - begin + seconds,
+            "resident": resident(), "read": float(read), "digest": digest}  # fmt: skip
 
 
 def resident() -> float:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from pytest_qsa import capture
 from pytest_qsa.captures import ALL_STATISTICS, COUNTS, MOMENTS, Request
@@ -303,6 +304,36 @@ def test_a_model_that_cannot_be_rehearsed_is_named_and_runs_to_its_end(caplog):
     rehearsed = SiteStatistics({("a", "output"): frozenset({COUNTS})}, dict(twice.named_children()))
     rehearse(twice, rehearsed, BATCHES[0])
     assert rehearsed.rehearsed.last == (("a", "output"), 0)
+
+
+class Block(nn.Module):
+    """Calls `sees` with what goes into it."""
+
+    def __init__(self, sees):
+        super().__init__()
+        self.layer, self.sees = nn.Linear(8, 8), sees
+
+    def forward(self, x):
+        self.sees(x)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("needs_fake", [False, True])
+def test_blocks_are_rehearsed_on_plain_tensors_and_on_fake_ones_where_they_need_these(needs_fake):
+    seen = []
+
+    def sees(x):
+        seen.append(type(x))
+        if needs_fake:
+            assert isinstance(x, FakeTensor)
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.ModuleList([Block(sees), Block(sees)]), nn.Linear(8, 8)).to("meta")
+    model.forward = lambda x: model[2](model[1][1](model[1][0](model[0](x))))
+    found = SiteStatistics({("1.1.layer", "output"): frozenset({COUNTS})}, dict(model.named_modules()))
+    rehearse(model, found, BATCHES[0])
+    assert found.rehearsed.last == (("1.1.layer", "output"), 0)
+    assert seen == ([torch.Tensor, FakeTensor, FakeTensor] if needs_fake else [torch.Tensor, torch.Tensor])
+    assert not any("forward" in block.__dict__ for block in model[1])
 
 
 def test_our_own_error_in_a_rehearsal_is_raised():

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._pytree import tree_map_only
 
 from ...captures import (
     CACHE_SITES,
@@ -276,12 +277,12 @@ def rehearse(model: nn.Module, statistics: SiteStatistics, batch: Batch) -> None
     """
     tensors = {"": batch} if isinstance(batch, Tensor) else dict(batch)
     empty = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in tensors.items()}
-    rehearsal = _Rehearsal(statistics.wanted, statistics.modules)
+    rehearsal, quick = _Rehearsal(statistics.wanted, statistics.modules), True
     while True:
         rehearsal.begin()
         rehearsal.forward = forward = Forward(batch, rows_of(batch, 0), first=True)
         try:
-            with torch.no_grad(), hooked(rehearsal), _without_data(model):
+            with torch.no_grad(), hooked(rehearsal), _without_data(model, quick=quick):
                 run_batch(model, empty[""] if isinstance(batch, Tensor) else empty, torch.device("meta"))
             rehearsal.forward_ended(forward)
             break
@@ -291,6 +292,9 @@ def rehearse(model: nn.Module, statistics: SiteStatistics, batch: Batch) -> None
         except QsaError:
             raise
         except Exception as error:  # a model may raise anything where a value isn't there
+            if quick:
+                quick = False
+                continue
             logger.debug(
                 "%s can't be run without data (%s: %s): its forwards run to their end", type(model).__name__,
                 type(error).__name__, str(error).partition("\n")[0],
@@ -308,8 +312,14 @@ class _Rehearsal(SiteStatistics):
 
 
 @contextmanager
-def _without_data(model: nn.Module) -> Iterator[None]:
-    """Let a model whose weights are on the meta device run: its buffers go there as well, and come back."""
+def _without_data(model: nn.Module, *, quick: bool) -> Iterator[None]:
+    """Let a model whose weights are on the meta device run: its buffers go there as well, and come back.
+
+    `quick`: the blocks get plain tensors of the meta device, on which an operator costs a fraction. What is around the
+    blocks gets fake ones in any case, by which transformers knows that a mask has no values.
+    """
+    # The model's own tensors are on the meta device, but weren't made under this mode.
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as stack:
         # That an operator needs values is expected here; torch would log it as an error.
         stack.enter_context(_silent(logging.getLogger("torch._subclasses.fake_tensor")))
@@ -317,8 +327,9 @@ def _without_data(model: nn.Module) -> Iterator[None]:
             stack.enter_context(_buffers_on_meta(module))
             if getattr(module, "quantization_scheme", None) is not None and hasattr(module, "out_features"):
                 stack.enter_context(_forward_as(module, _shape_of_linear(module)))
-        # The model's own tensors are on the meta device, but weren't made under this mode.
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        for block in map(model.get_submodule, blocks_of(model) if quick else ()):
+            stack.enter_context(_forward_as(block, _on_plain_tensors(block.forward, fake)))
+        stack.enter_context(fake)
         yield
 
 
@@ -345,7 +356,7 @@ def _buffers_on_meta(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _forward_as(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     # compressed-tensors sets a forward on the instance; without one, the class's own must show again.
     before = module.__dict__.get("forward")
     module.forward = forward
@@ -355,6 +366,21 @@ def _forward_as(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Itera
         del module.forward
         if before is not None:
             module.forward = before
+
+
+def _on_plain_tensors(forward: Callable[..., Any], fake: FakeTensorMode) -> Callable[..., Any]:
+    """Return a forward that takes and returns fake tensors, and computes on plain ones of the meta device."""
+
+    def plain(tensor: FakeTensor) -> Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with unset_fake_temporarily():
+            args, kwargs = tree_map_only(FakeTensor, plain, (args, kwargs))
+            output = forward(*args, **kwargs)
+        return tree_map_only(Tensor, fake.from_tensor, output)
+
+    return run
 
 
 def _shape_of_linear(module: Any) -> Callable[[Tensor], Tensor]:

@@ -83,17 +83,19 @@ def test_any_choice_of_statistics_comes_out_the_same(shape, dtype, statistics, s
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("asked", [("tokens",), ("tokens", "counts")], ids=str)
-def test_further_samples_of_a_site_come_out_as_the_operators_have_them(dtype, asked):
-    """They go by their addresses; each reaches further than those before, so that the window of counts has to grow."""
+@pytest.mark.parametrize("in_turns", [False, True])
+def test_whole_samples_of_a_site_come_out_as_the_operators_have_them(dtype, asked, in_turns):
+    """They go by their addresses, or in turns with others; each reaches further, so that the window has to grow."""
     wanted, generator = statistics(*asked), torch.Generator().manual_seed(7)
     rows = [(torch.randn((1, 33, 20), generator=generator) * scale).to(dtype) for scale in (1, 100, 1e-4, 3, 1e-3)]
     rows[2][0, 4:9], rows[3][0, 5, 7], rows[4][0, 2, 3] = 0, float("nan"), float("inf")
     rows.append(rows[0])  # within the window that was there before it grew
     fast, slow = (StreamObserver(wanted, Reducers(fused)) for fused in (True, False))
     for sample, row in enumerate(rows):
-        assert fast.repeat(row, sample, 0) is (sample > 0)
-        if sample == 0:
-            fast.add(row, [None], [0], 0, token_axis=True)
+        if in_turns and sample % 2:
+            fast.add(row, [None], [sample], 0, token_axis=True)
+        else:
+            assert fast.repeat(row, sample, 0)
         slow.add(row, [None], [sample], 0, token_axis=True)
     found, expected = (each.numbers(wanted).to_arrays()[0] for each in (fast, slow))
     assert found.keys() == expected.keys()
@@ -103,23 +105,38 @@ def test_further_samples_of_a_site_come_out_as_the_operators_have_them(dtype, as
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_least_magnitude_is_zero_once_a_further_sample_has_a_zero(dtype):
-    wanted, x = statistics("tokens", "counts"), torch.rand(1, 8, 6).to(dtype) + 1
+    wanted, x = statistics("tokens", "counts"), torch.linspace(3, 1, 48).reshape(1, 8, 6).to(dtype)
     largest, observer = x.max().item(), StreamObserver(wanted)
-    observer.add(x, [None], [0], 0, token_axis=True)
+    assert observer.repeat(x, 0, 0)
     assert observer.numbers(wanted).extremes[1] == x.min()
     x[0, 3, 5] = 0
     assert observer.repeat(x, 1, 0)
     assert observer.numbers(wanted).extremes[:2].tolist() == [largest, 0]
 
 
-def test_a_tensor_unlike_the_last_one_is_no_further_sample():
+def test_what_no_kernel_does_by_its_address_is_left_to_the_others():
     observer, x = StreamObserver(statistics("tokens", "counts")), torch.randn(1, 8, 6)
-    assert not observer.repeat(x, 0, 0)
-    observer.add(x, [None], [0], 0, token_axis=True)
-    others = [x[:, :7], x.double(), x.expand(2, 8, 6), torch.randn(1, 6, 8).mT, nn.Parameter(x), x.to("meta")]
-    assert not any(observer.repeat(other, 1, 0) for other in others)
-    assert not observer.repeat(x, None, 0)
-    assert len(observer.owners) == 3
+    others = [x[0], x[:, :0], x.expand(2, 8, 6), torch.randn(1, 6, 8).mT, nn.Parameter(x), x.to("meta")]
+    for _ in range(2):
+        assert not any(observer.repeat(other, 1, 0) for other in others)
+        assert not observer.repeat(x, None, 0)
+        assert observer.repeat(x, 0, 0)
+    assert len(observer.owners) == 6
+    for other in (StreamObserver(statistics("moments")), StreamObserver(statistics("tokens"), channels_first=True)):
+        assert not other.repeat(x, 0, 0)
+    assert not StreamObserver(statistics("tokens")).repeat(x.double(), 0, 0)
+
+
+def test_whole_samples_of_several_lengths_keep_their_own():
+    wanted, x = statistics("tokens", "counts"), torch.randn(1, 40, 6).bfloat16()
+    fast, slow = (StreamObserver(wanted, Reducers(fused)) for fused in (True, False))
+    for sample, length in enumerate((40, 7, 7, 40)):
+        assert fast.repeat(x[:, :length], sample, 0)
+        slow.add(x[:, :length], [None], [sample], 0, token_axis=True)
+    found, expected = (each.numbers(wanted).to_arrays()[0] for each in (fast, slow))
+    assert {name: array.tobytes() for name, array in found.items()} == {
+        name: array.tobytes() for name, array in expected.items()
+    }
 
 
 @pytest.mark.parametrize("shape", [(1, 511, 577), (1, 37, 129), (1, 1000, 3), (1, 1, 7)], ids=str)

@@ -106,7 +106,7 @@ class CpuReducer:
         counts = self.counts if needed else self.no_counts
         # Without signs half as many bins have to stay in the cache.
         signs = 1 + (plan.signed or plan.moments)
-        window = (into.pooled.get("window") or self._window(plan, into)) if counted_too else self.no_window
+        window = self.window_of(plan, into) if counted_too else self.no_window
         sizes = *lines.shape, len(record), peaks, int(counted_too), signs
         self.describe(self._description.ctypes.data, sizes, window, counts)
         top, smallest, zeros = self.survey(lines.ctypes.data, record.ctypes.data, self._description.ctypes.data)
@@ -141,7 +141,11 @@ class CpuReducer:
         """Return what reduces further rows [T, C] of a site, by their addresses."""
         return Repeated(self, tokens, channels, plan, into)
 
-    def _window(self, plan: Plan, into: Accumulator) -> Window:
+    def window_of(self, plan: Plan, into: Accumulator) -> Window:
+        """Return the counts of a site; those of a row alone where the site keeps none."""
+        known: Window | None = into.pooled.get("window")
+        if known is not None:
+            return known
         window = Window(plan.counts, plan.signed, self.name, into.arena.zeros)
         if plan.counts or plan.signed:
             into.pooled["window"] = window
@@ -243,10 +247,10 @@ class Repeated:
         self._reducer, self._into = reducer, into
         self._sizes = tokens, channels, size, peaks, int(plan.counts), 1
         self._survey = reducer.survey
-        self._reserve = into.rows["tokens"].reserve
+        self._reserve = into.column("tokens", reducer.patterns, (0,)).reserve
         self._bytes = size * reducer.itemsize
         self._description = into.arena.reserve(survey_kernels.DESCRIPTION)[1]
-        self._describe(into.pooled["window"] if plan.counts else reducer.no_window)
+        self._describe(reducer.window_of(plan, into) if plan.counts else reducer.no_window)
         self._counts = plan.counts
 
     def __call__(self, address: int) -> None:

@@ -124,7 +124,7 @@ class StreamObserver:
         self.token_axis = False
         self.kept = Accumulator(self.reducers.arena)
         self._dtype: torch.dtype | None = None
-        self._repeats = False
+        self._repeats = self.plan.repeats and not channels_first
         self._repeated: Callable[[int], None] | None = None
         self._reducer: Reducer
         self.owners = array("q")
@@ -141,7 +141,7 @@ class StreamObserver:
         """Reduce one tensor: [B, T, C] with a token axis, else [B, n]. `keep`: the indices of the tokens that count."""
         # A site keeps its dtype, so that a further call costs one comparison.
         reducer = self._reducer if x.dtype is self._dtype else self._begin(x)
-        self.token_axis = token_axis
+        self.token_axis, self._repeated = token_axis, None
         if token_axis and len(x) > 1 and x.ndim == 3 and routing is None and self._add_together(x, keep, samples, call):
             return
         # One unbind, and a detach only with gradients: every step here costs time for each tensor.
@@ -156,32 +156,29 @@ class StreamObserver:
         if routing is not None and self.plan.experts:
             self._count_experts(routing, rows, keep)
 
-        whole = token_axis and routing is None and len(rows) == 1 and keep[0] is None and x.numel() > 0
-        self._repeats = whole and self.plan.repeats
-        self._repeated = None
-
     def repeat(self, x: Tensor, sample: int | None, call: int) -> bool:
-        """Reduce another tensor like the last one, the whole of a sample; do nothing, and say so, where it differs.
+        """Reduce a tensor that is the whole of a sample, if the site needs no more than a kernel does by its address.
 
-        `sample`: None where the tensor has several, or some of its tokens don't count.
+        `sample`: None where the tensor has several, or some of its tokens don't count. Returns False where nothing was
+        reduced.
         """
-        if (
-            not self._repeats
-            or sample is None
-            or type(x) is not Tensor
-            or x.dtype is not self._dtype
-            or x.shape != self.last_shape
-            or not (x.is_cpu and x.is_contiguous())
-        ):
+        if sample is None or not self._repeats or type(x) is not Tensor or not (x.is_cpu and x.is_contiguous()):
             return False
-        if self._repeated is None:
-            self._repeated = self._reducer.repeated(self.last_shape[1], self.last_shape[2], self.plan, self.kept)
-            self._repeats = self._repeated is not None
-        if self._repeated is None:
+        if (self._repeated is None or x.dtype is not self._dtype or x.shape != self.last_shape) and not self._like(x):
             return False
         self.owners.extend((sample, call, self.last_shape[1]))
-        self._repeated(x.data_ptr())
+        self._repeated(x.data_ptr())  # type: ignore[misc]
         return True
+
+    def _like(self, x: Tensor) -> bool:
+        """Get ready for tensors of a shape [1, T, C]; say whether there is a way that costs less for them."""
+        if x.ndim != 3 or len(x) != 1 or not x.numel():
+            return False
+        reducer = self._reducer if x.dtype is self._dtype else self._begin(x)
+        self._repeated = reducer.repeated(x.shape[1], x.shape[2], self.plan, self.kept)
+        self._repeats = self._repeated is not None
+        self.last_shape, self.token_axis = x.shape, True
+        return self._repeats
 
     def _add_together(self, x: Tensor, keep: Sequence[Tensor | None], samples: Sequence[int], call: int) -> bool:
         """Reduce samples without padding in one launch: 30 µs less for each, a quarter of a forward of 32 tokens."""
@@ -193,7 +190,7 @@ class StreamObserver:
             return False
         for sample in samples:
             self.owners.extend((sample, call, length))
-        self.last_shape, self._repeats = x.shape, False
+        self.last_shape = x.shape
         return True
 
     def add_packed(self, x: Tensor, lengths: tuple[int, ...], samples: Sequence[int], call: int) -> None:
@@ -204,7 +201,7 @@ class StreamObserver:
             for sample, rows in zip(samples, torch.split(x[: sum(lengths)], list(lengths)), strict=True):
                 self.add(rows[None], [None], [sample], call, token_axis=True)
             return
-        self.token_axis, self._repeats = True, False
+        self.token_axis, self._repeated = True, None
         for sample, length in zip(samples, lengths, strict=True):
             self.owners.extend((sample, call, length))
         self.last_shape = (1, lengths[-1], *x.shape[1:])

@@ -180,14 +180,15 @@ class Accumulator:
 
     def room(self, name: str, count: int, dtype: DTypeLike, shape: tuple[int, ...] = (0,)) -> Array:
         """Allocate zeros [count] for the next population's array of that name; `shape`: see `Column`."""
-        room: Array = self._column(name, dtype, shape).room(count)
+        room: Array = self.column(name, dtype, shape).room(count)
         return room
 
     def rooms(self, name: str, counts: Sequence[int], dtype: DTypeLike) -> Array:
         """Allocate zeros [Σ counts] for the arrays of that name of the next populations."""
-        return self._column(name, dtype, (0,)).rooms(counts)
+        return self.column(name, dtype, (0,)).rooms(counts)
 
-    def _column(self, name: str, dtype: DTypeLike, shape: tuple[int, ...]) -> Column:
+    def column(self, name: str, dtype: DTypeLike, shape: tuple[int, ...]) -> Column:
+        """Return the arrays of that name."""
         column: Column | None = self.rows.get(name)
         if column is None:
             column = self.rows[name] = Column(self.arena, dtype, shape)

@@ -35,7 +35,7 @@ from ...captures import (
     renumbered,
 )
 from ...common import Progress, QsaError, earlier_objects_frozen, logger
-from ..load.batches import Batch, BatchRows, pictures_of, row_count, rows_of, token_ids
+from ..load.batches import Batch, pictures_of, row_count, rows_of, token_ids
 from ..modules import Expert, Layer, blocks_of, caching_layers, evaluating, layers_of, run_batch, with_experts
 from ..reduce.observer import StreamObserver
 from ..stream.stream import Stream
@@ -307,8 +307,11 @@ def rehearse(model: nn.Module, statistics: SiteStatistics, batch: Batch) -> None
 class _Rehearsal(SiteStatistics):
     """Takes note of calls and of shared tensors as in a pass, and reduces nothing."""
 
-    def _reduce(self, rows: BatchRows, site: SiteKey, *_: object) -> None:
-        self.observers.setdefault(site, StreamObserver(frozenset()))
+    def _observer(self, site: SiteKey, statistics: frozenset[Statistic]) -> StreamObserver:
+        return super()._observer(site, frozenset())
+
+    def _reduce(self, *_: object) -> None:
+        pass
 
 
 @contextmanager

@@ -123,9 +123,9 @@ class SiteStatistics(Participant):
             # The site that shares the tensor may be another kind of layer, whose hook sees no routing.
             missing |= {each for each in self.wanted[site] if each == EXPERTS or _counts_experts(each)}
         if missing and not (self.odd and site in self.odd):
-            observer = self.observers.get(site)
-            if observer is None or routing is not None or not observer.repeat(tensor, forward.rows.whole, call):
-                self._reduce(forward.rows, site, tensor, call, missing, routing)
+            observer = self.observers.get(site) or self._observer(site, missing)
+            if routing is not None or not observer.repeat(tensor, forward.rows.whole, call):
+                self._reduce(observer, forward.rows, site, tensor, call, routing)
         forward.last = (site, call)
         if self.order is not None and forward.last == self.order.last:
             # The last site was reached on another way: stopping here could leave out a site that is still to come.
@@ -161,14 +161,13 @@ class SiteStatistics(Participant):
 
     def _reduce(
         self,
+        observer: StreamObserver,
         rows: BatchRows,
         site: SiteKey,
         tensor: Tensor,
         call: int,
-        statistics: frozenset[Statistic],
         routing: Routing | None,
     ) -> None:
-        observer = self.observers.get(site) or self._observer(site, statistics)
         try:
             shaped, token_axis = rows.shaped(tensor, observer.channels_first)
         except InfraError as error:

@@ -292,7 +292,12 @@ def judge_problems(
         place = _placed(problems[0])
         if any(text.startswith(f"{problems[0].layer} ") for text in suspected):  # named already
             place = place.replace(f"{problems[0].layer}.", "its ", 1)
-        headline = "; ".join([*suspected, f"{many} ({judgement.bound}); the first: {place}: {problems[0].what}"])
+        first, counts = f"{place}: {problems[0].what}", f"{many} ({judgement.bound})"
+        # What a reader needs stands first: pytest's summary and a list of tests cut the line.
+        if suspected:
+            headline = "; ".join([*suspected, counts, f"the first: {first}"])
+        else:
+            headline = f"{first}; {'the first of ' if len(problems) > 1 else ''}{counts}"
         out = [row for row in judgement.rows if row.excess]
         headline += waiver_notes(judgement.waivers, out, failing(out))
     return replace(judgement, headline=headline, findings=(*problems, *notes), run=_run_of_files(files))

@@ -23,7 +23,8 @@ from larger_than_memory import make_checkpoint
 from pytest_qsa.checkpoint.folder import Folder
 from pytest_qsa.engine.load.outline import this_machine
 from pytest_qsa.suite import MeasuredAssertion, load_suite, weight_files
-from pytest_qsa.tools.estimates import Setting, Work, settings_of, sizes_of
+from pytest_qsa.tools.checkpoint_sizes import sizes_of
+from pytest_qsa.tools.estimates import Setting, Work, settings_of
 
 RUN = """
 import pathlib, pytest, re, sys

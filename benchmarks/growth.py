@@ -38,7 +38,8 @@ from pytest_qsa.engine.load.outline import product_rate
 from pytest_qsa.engine.reference.live import LiveReference
 from pytest_qsa.engine.run.run_pass import run_pass
 from pytest_qsa.suite import Data, Machine
-from pytest_qsa.tools.estimates import COSTS, Setting, Sizes, Work, seconds_of, settings_of, shown_bytes, unit_of
+from pytest_qsa.tools.checkpoint_sizes import Sizes, unit_of
+from pytest_qsa.tools.estimates import COSTS, Setting, Work, seconds_of, settings_of, shown_bytes
 
 BLOCKS, LINEARS = r"layers\.\d+$", r"(q|o|up|down)_proj$"
 LARGEST = frozenset({TOKENS, SINKS})

@@ -1,11 +1,11 @@
 from .assertion import (
-    ASSERTIONS as ASSERTIONS,
     NAME_PLACEHOLDER as NAME_PLACEHOLDER,
     Assertion as Assertion,
     CheckpointAssertion as CheckpointAssertion,
     ExternalAssertion as ExternalAssertion,
     MeasuredAssertion as MeasuredAssertion,
 )
+from .assertion_models import ASSERTIONS as ASSERTIONS
 from .bounds import (
     DEFAULT as DEFAULT,
     SCHEME as SCHEME,

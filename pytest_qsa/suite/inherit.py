@@ -15,7 +15,7 @@ from typing import Any
 
 from ..common import SuiteError, content_hash, did_you_mean, one_line, shown_path
 from ..metrics import METRICS
-from .assertion import ASSERTIONS
+from .assertion_models import ASSERTIONS
 from .bounds import DEFAULT
 from .paths import Boundary, Roots
 from .yaml_source import Location, Node, Place, YamlSource, disk_text, is_there, read_yaml, reads_disk, suites_read_by

@@ -15,14 +15,13 @@ from ..captures import PositionRange
 from ..common import SuiteError, did_you_mean, shown_path
 from ..metrics import METRICS
 from .assertion import (
-    ASSERTIONS,
     BOUND_KEYS,
     NAME_PLACEHOLDER,
-    AnyAssertion,
     Assertion,
     ExternalAssertion,
     MeasuredAssertion,
 )
+from .assertion_models import ASSERTIONS, AnyAssertion
 from .inherit import apply_defaults, read_suite
 from .paths import Boundary, Roots
 from .sections import SELF, Data, Generation, Memory, Model, Strict, fields_at

@@ -45,8 +45,8 @@ from ..verdicts import (
     stopped,
     unbounded,
 )
+from .checkpoint_sizes import sizes_of
 from .diff.sides import tokens_hash
-from .estimates import sizes_of
 
 OF_MODEL = ("kl_divergence", "margin_ratio", "overlap", "ln_ppl_ratio")
 BLOCKS, WEIGHTS = "sqnr_of_blocks", "sqnr_of_weights"

@@ -34,15 +34,14 @@ from ..suite import (
     unhashed,
     weight_files,
 )
+from .checkpoint_sizes import Sizes, sizes_of
 from .estimates import (
     Setting,
-    Sizes,
     Work,
     batch_bytes,
     own_setting,
     settings_of,
     shown_bytes,
-    sizes_of,
     waiting_bytes,
 )
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field, ValidationError
 
-from pytest_qsa.suite.assertion import ASSERTIONS
+from pytest_qsa.suite.assertion_models import ASSERTIONS
 from pytest_qsa.suite.bounds import Noise, Relative, Waiver, Waivers
 from pytest_qsa.suite.load import Suite
 from pytest_qsa.suite.sections import Regex, Strict, fields_at, section_of

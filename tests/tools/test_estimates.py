@@ -18,7 +18,8 @@ from pytest_qsa.captures import AGREEMENT, COUNTS, TOKENS, Capture, Request
 from pytest_qsa.checkpoint.folder import Folder
 from pytest_qsa.metrics import METRICS
 from pytest_qsa.suite import Data, FileHashes, Generation, Gpu, Machine, Memory, Model, Subject, fingerprint_of
-from pytest_qsa.tools.estimates import COSTS, START, Work, own_setting, seconds_of, settings_of, sizes_of
+from pytest_qsa.tools.checkpoint_sizes import sizes_of
+from pytest_qsa.tools.estimates import COSTS, START, Work, own_setting, seconds_of, settings_of
 from pytest_qsa.tools.explain_plan import MEMORY_FACTOR, Planned, gathered, plan_lines
 from support.checkpoints import save_tokenizer
 from support.projects import Project, suite

@@ -72,6 +72,11 @@ def test_a_channel_outside_the_range_of_the_bins_keeps_its_extremes(scale, signe
     assert all((found["min"] <= band).all() and (band <= found["max"]).all() for band in found.values())
 
 
+def test_what_is_larger_than_the_bins_is_taken_as_evenly_spread_up_to_the_largest():
+    found = bands(outputs(np.linspace(1e12, 5e12, 101)[None, :, None]))
+    np.testing.assert_allclose([found[name][0] for name in ("p25", "p75")], [2e12, 4e12], rtol=0.01)
+
+
 def test_a_smooth_distribution_is_read_far_more_exactly_than_the_bound():
     x = np.random.default_rng(0).standard_normal((8, 2000, 4))
     found = bands(outputs(x), signed=True)

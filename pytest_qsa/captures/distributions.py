@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -156,27 +155,27 @@ def channel_bands(numbers: SiteNumbers, *, signed: bool = False) -> dict[BandSta
 
 @dataclass(frozen=True)
 class _Bins:
-    """The bins of every channel, ascending in value: their two ends [B], their counts and cumulated counts [C, B].
+    """The bins of every channel, ascending in value: their two ends [B].
 
-    `least`, `most` [C]: the channel's own extremes, which clip the ends of its bins: no estimate lies beyond them.
+    `cumulated` [C · B + 1]: the counts before each bin, of all channels end to end: it ascends, so that one search
+    finds a rank in every channel. `least`, `most` [C]: the channel's own extremes, which clip the ends of its bins: no
+    estimate lies beyond them.
     """
 
     low: NDArray[np.float64]
     high: NDArray[np.float64]
-    counts: NDArray[np.int64]
-    ends: NDArray[np.int64]
+    cumulated: NDArray[np.int64]
     least: NDArray[np.float64]
     most: NDArray[np.float64]
 
     @classmethod
     def of(cls, numbers: SiteNumbers, signed: bool) -> _Bins:
         low, high, counts = _signed_bins(numbers) if signed else _magnitude_bins(numbers)
-        counts = np.ascontiguousarray(counts.T)
         least, most = (_extreme(numbers, name) for name in (("low", "high") if signed else ("smallest", "largest")))
-        return cls(low, high, counts, np.cumsum(counts, axis=1), least, most)
+        return cls(low, high, np.concatenate([[0], np.cumsum(counts.T)]), least, most)
 
     def quantile(self, share: float) -> NDArray[np.float64]:
-        last = int(self.ends[0, -1]) - 1
+        last = int(self.cumulated[len(self.low)]) - 1  # every channel has equally many values
         rank = share * last
         below = int(np.floor(rank))
         first, second = self._order_statistic(below, last), self._order_statistic(min(below + 1, last), last)
@@ -186,30 +185,16 @@ class _Bins:
         """Return the value at one rank of every channel: between its bin's ends, in proportion to its place there."""
         if rank in (0, last):
             return self.least if rank == 0 else self.most
-        at = self._holding(rank)
-        inside, end = (np.take_along_axis(table, at[:, None], axis=1)[:, 0] for table in (self.counts, self.ends))
+        channels = np.arange(len(self.least))
+        ranks = channels * (last + 1) + rank
+        holding = np.searchsorted(self.cumulated[1:], ranks, side="right")
+        before, end = self.cumulated[holding], self.cumulated[holding + 1]
+        at = holding - channels * len(self.low)
         low, high = (np.clip(ends[at], self.least, self.most) for ends in (self.low, self.high))
         # The values of a bin are taken as evenly spread, each in the middle of its share.
-        place = (rank - (end - inside) + 0.5) / inside
+        place = (ranks - before + 0.5) / (end - before)
         value: NDArray[np.float64] = low + place * (high - low)
         return value
-
-    def _holding(self, rank: int) -> NDArray[np.int64]:
-        """Find the bin of one rank in every channel by one search: laid end to end, the cumulated counts ascend."""
-        channels, bins = self.ends.shape
-        # Every channel has equally many values, so a step of that number keeps the channels apart in one
-        # ascending array.
-        before = np.arange(channels) * self.ends[0, -1]
-        found: NDArray[np.int64] = (
-            np.searchsorted(self._joined, before + rank, side="right") - np.arange(channels) * bins
-        )
-        return found
-
-    @cached_property
-    def _joined(self) -> NDArray[np.int64]:
-        channels = len(self.ends)
-        joined: NDArray[np.int64] = (self.ends + (np.arange(channels) * self.ends[0, -1])[:, None]).ravel()
-        return joined
 
 
 def _extreme(numbers: SiteNumbers, name: str) -> NDArray[np.float64]:
@@ -229,8 +214,10 @@ def _signed_bins(numbers: SiteNumbers) -> tuple[Ends, Ends, NDArray[np.int64]]:
 def _magnitude_bins(numbers: SiteNumbers) -> tuple[Ends, Ends, NDArray[np.int64]]:
     codes, place = np.unique(numbers.channel_bins % CODES, return_inverse=True)
     counts = np.zeros((len(codes), numbers.channel_counts.shape[1]), dtype=np.int64)
-    # x and −x share a bin here, and `counts[place] += …` would add only one of the two.
-    np.add.at(counts, place, numbers.channel_counts)
+    negative = numbers.channel_bins >= CODES
+    # x and −x share a bin here, and one `counts[place] += …` would add only one of the two.
+    for side in (negative, ~negative):
+        counts[place[side]] += numbers.channel_counts[side]
     return *_ends_of(codes), counts
 
 

@@ -60,7 +60,7 @@ from ..verdicts import (
     positions_needed,
 )
 from .collection import QsaSuite, Subjects, checkpoint_of, command_of, plain_name, requests_of
-from .options import Options
+from .options import HASHES, Options
 from .reporting import FLOOR, call_hook, record, with_plots
 
 FindOutline = Callable[..., Outline | None]
@@ -92,6 +92,7 @@ class Gate:
 
     def __post_init__(self) -> None:
         own_cores.watch()  # while torch is imported, if it is
+        self.config.stash[HASHES] = self.captures.hashes
         self.captures.patience = Patience(self.options.lock_timeout or LOCK_TIMEOUT, self._tell)
 
     @cached_property

@@ -31,7 +31,7 @@ from ..suite import (
 from ..tools import size_of
 from ..verdicts import baseline_folder, baseline_hashes
 from .collection import QsaSuite, Subjects
-from .options import Options
+from .options import HASHES, Options
 
 Collected = dict[str, Any]
 """What `collected` returns, as builtins."""
@@ -88,7 +88,8 @@ def manifest_of(
     found: Collected, config: pytest.Config, options: Options, outcomes: Mapping[str, str], waivers: Iterable[str]
 ) -> dict[str, Any]:
     """Return the manifest for the report. `outcomes`: test → what became of it. `waivers`: those that were used."""
-    hashes = FileHashes(options.cache_folder / "hashes.json" if options.cache_folder else None)
+    kept = options.cache_folder / "hashes.json" if options.cache_folder else None
+    hashes = config.stash.get(HASHES, None) or FileHashes(kept)
     words = [str(word) for word in config.args if "::" in str(word)]
     return {
         "checkpoints": [_checkpoint(path, folders, hashes) for path, folders in sorted(found["checkpoints"].items())],

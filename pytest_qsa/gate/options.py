@@ -19,7 +19,7 @@ from ..suite import TIERS, Tier
 
 if TYPE_CHECKING:
     from ..captures import Capture
-    from ..suite import Checkpoint, Roots, Subject
+    from ..suite import Checkpoint, FileHashes, Roots, Subject
     from ..verdicts import Verdict
 
 REPORT = ("on-failure", "always", "never")
@@ -29,6 +29,8 @@ PERMISSIONS = ("qsa_allow_code", "qsa_allow_path", "qsa_vllm_python", "qsa_vllm_
 WORKER_RUN, WORKER_ALLOWED = "qsa_run", "qsa_allowed"
 """What the controller of pytest-xdist tells its workers: the name of the run's folder; what the operator allows."""
 SUITES = ["*.qsa.yaml", "*.qsa.yml"]
+HASHES: pytest.StashKey[FileHashes] = pytest.StashKey()
+"""The hashes of the files that this process has met, so that none is read twice."""
 
 
 class Options(NamedTuple):

@@ -12,6 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
@@ -53,6 +54,8 @@ LIBRARIES = (
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 SMALL = 1 << 20
 """Smaller files are hashed every time: reading them costs as little as looking their hash up."""
+PART = 8 << 20
+"""Bytes that are hashed at a time."""
 MOST_HASHED = 2 << 30
 """Bytes of weights that are hashed only to look for a kept capture: in about the time that importing torch takes."""
 WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.bin")
@@ -70,6 +73,19 @@ class FileHashes:
     memory: Path | None
     _known: dict[str, Any] = field(default_factory=dict)
     _read: bool = False
+    _begun: dict[Path, Future[tuple[list[int], str]]] = field(default_factory=dict)
+
+    def begin(self, files: Sequence[Path]) -> None:
+        """Hash files on threads of their own, while this one loads a model; `of` waits for them.
+
+        More than `MOST_HASHED` bytes are left to `of`, or a run that stops early would wait for the threads.
+        """
+        files = [file for file in files if file not in self._begun]
+        if sum(file.stat().st_size for file in files) > MOST_HASHED:
+            return
+        pool = ThreadPoolExecutor(2, "qsa-hashes")  # a checkpoint and its reference
+        self._begun |= {file: pool.submit(_stamp_and_digest, file) for file in files}
+        pool.shutdown(wait=False)
 
     def of(self, file: Path) -> str:
         """Return the hash of a file's content.
@@ -80,19 +96,20 @@ class FileHashes:
         """
         refuse_special(file)
         refuse_sparse(file)
-        # Before the file is read: if it changes meanwhile, the stamp no longer fits, and it is hashed again.
-        status = file.stat()
-        if status.st_size > SMALL and (known := self._known_hash(file)) is not None:
+        size = file.stat().st_size
+        if size <= SMALL:
+            return _stamp_and_digest(file)[1]
+        if (known := self._known_hash(file)) is not None:
             return known
         began = time.perf_counter()
-        if status.st_size > SMALL:
-            phase(f"hashing {file.name} ({status.st_size / 1e6:,.0f} MB)")
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        if status.st_size > SMALL:
-            logger.debug("hashed %s, %d bytes, in %.2f s", file, status.st_size, time.perf_counter() - began)
-            self._known[str(file.resolve())] = [_stamp(status), digest]
-            self._remember()
+        phase(f"hashing {file.name} ({size / 1e6:,.0f} MB)")
+        begun = self._begun.pop(file, None)
+        stamp, digest = begun.result() if begun is not None else _stamp_and_digest(file)
+        if stamp != _stamp(file.stat()):  # it has changed since it was begun
+            stamp, digest = _stamp_and_digest(file)
+        logger.debug("hashed %s, %d bytes, in %.2f s", file, size, time.perf_counter() - began)
+        self._known[str(file.resolve())] = [stamp, digest]
+        self._remember()
         return digest
 
     def remembers(self, file: Path) -> bool:
@@ -127,6 +144,18 @@ class FileHashes:
             write_atomically(self.memory, json_with_checksum(kept))
         except OSError:
             self.memory = None  # a read-only cache: hashed again the next time
+
+
+def _stamp_and_digest(file: Path) -> tuple[list[int], str]:
+    """Return what tells whether a file has changed, and the SHA-256 of its content."""
+    # Before the file is read: if it changes meanwhile, the stamp no longer fits, and it is hashed again.
+    stamp, digest = _stamp(file.stat()), hashlib.sha256()
+    # Each part waits for the interpreter's lock, up to 5 ms while another thread imports: the parts are large.
+    buffer = memoryview(bytearray(min(PART, max(stamp[0], 1))))
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+    return stamp, digest.hexdigest()
 
 
 def _stamp(status: os.stat_result) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from ..common import (
     logger,
     write_atomically,
 )
-from .fingerprint import FileHashes, fingerprint_of, identified, takes_long_to_hash
+from .fingerprint import FileHashes, fingerprint_of, identified, takes_long_to_hash, unhashed
 from .subjects import Subject
 
 MakeCapture = Callable[[Sequence[Request], PartialSums | None], Capture]
@@ -120,11 +121,12 @@ class Captures:
         """Capture again, for requests that nobody planned; the old capture stays."""
         plan = merge_requests(requests)
         name = f"{key}+{plan}"
-        self._memory[name] = identified(make(plan, None), subject, self._hashes)
+        self._memory[name] = identified(make(plan, None), subject, self.hashes)
         return self._memory[name]
 
     @cached_property
-    def _hashes(self) -> FileHashes:
+    def hashes(self) -> FileHashes:
+        """The hashes of the files that this session has met."""
         return FileHashes(self.cache / "hashes.json" if self.cache else None)
 
     def _make(self, subject: Subject, requests: Sequence[Request], make: MakeCapture, look_ahead: LookAhead) -> Found:
@@ -142,8 +144,10 @@ class Captures:
     def _through_cache(
         self, subject: Subject, requests: Sequence[Request], make: MakeCapture, look_ahead: LookAhead
     ) -> Found:
-        hashes, compared = self._hashes, compares(requests)
+        hashes, compared = self.hashes, compares(requests)
         source: Source = "cache"
+        with suppress(QsaError, OSError):  # which `identified` tells
+            hashes.begin(unhashed(subject, hashes, with_reference=compared))
         if self.cache is None or takes_long_to_hash(subject, hashes, with_reference=compared):
             look_ahead()
         fingerprint = fingerprint_of(subject, hashes, with_reference=compared) if self.cache else None

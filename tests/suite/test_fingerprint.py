@@ -1,6 +1,8 @@
 """What makes two runs the same: every setting, file and library that could change a number, and nothing else."""
 
+import hashlib
 import json
+import os
 import shutil
 from importlib import metadata
 
@@ -96,6 +98,22 @@ def test_a_large_file_is_hashed_once_and_again_when_it_changes(tmp_path):
     assert FileHashes(memory).of(file) != first
     memory.write_text("{broken")
     assert FileHashes(memory).of(file) != first
+
+
+def test_a_hash_that_was_begun_is_that_of_the_file_as_it_is_when_it_is_asked_for(tmp_path):
+    kept, edited = tmp_path / "kept.safetensors", tmp_path / "edited.safetensors"
+    for file in (kept, edited):
+        file.write_bytes(os.urandom((9 << 20) + 7))  # two parts
+    hashes = FileHashes(None)
+    hashes.begin([kept, edited])
+    for begun in hashes._begun.values():
+        begun.result()
+    edited.write_bytes(os.urandom(2 << 20))
+    assert [hashes.of(file) for file in (kept, edited)] == [
+        hashlib.sha256(file.read_bytes()).hexdigest() for file in (kept, edited)
+    ]
+    assert hashes.remembers(kept)
+    assert hashes.remembers(edited)
 
 
 def beside(own, reference):

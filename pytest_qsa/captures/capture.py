@@ -320,6 +320,8 @@ class Capture:
             return cls.from_bytes(file.read_bytes(), shown)
         except (OSError, InfraError) as error:
             what = str(error).removeprefix(f"{shown}: ")
+            if isinstance(error, OSError):
+                what = str(error.strerror or error)
             raise InfraError(f"{os.fspath(path)}: can't be read as a capture: {what}") from None
         except MemoryError:
             raise InfraError(f"{os.fspath(path)}: can't be read as a capture: it doesn't fit into memory") from None

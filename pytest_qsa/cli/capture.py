@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .. import captures, checkpoint, engine, suite
-from ..common import InfraError, SuiteError, shown_path, status, write_atomically
+from ..common import InfraError, SuiteError, counted, shown_path, status, write_atomically
 from .shared import (
     OK,
     add_allow_code,
@@ -105,7 +105,7 @@ def _keep_capture(options: argparse.Namespace, source: suite.YamlSource, overrid
         capture = engine.capture_subject(subject, requests, allow_code=code, progress=progress, share=share)
     with writing(options.output):
         suite.identified(capture, subject, hashes).save(options.output)
-    return f"{len(capture.tokens)} samples, {len(capture.sites)} sites"
+    return f"{counted(len(capture.tokens), 'sample')}, {counted(len(capture.sites), 'site')}"
 
 
 def _samples(text: str | None) -> tuple[int, int] | None:

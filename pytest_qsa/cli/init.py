@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from .. import suite, tools
-from ..common import InfraError, shown_path, status, write_atomically
-from .shared import OK, add_sampling, command_parser, parse_with_overrides, roots_of, say, writing
+from ..common import InfraError, SuiteError, shown_path, status, write_atomically
+from .shared import OK, SUFFIXES, add_sampling, command_parser, parse_with_overrides, roots_of, say, writing
 
 DOCUMENT = {"source": "document"}
 EXAMPLES = (
@@ -35,6 +35,9 @@ def run(arguments: Sequence[str]) -> int:
     options, overrides = parse_with_overrides(_parser(), arguments)
     target = options.output or Path(f"{_name(options.model)}.qsa.yaml")
     # Before the measuring, which takes most of the time.
+    if target.suffix not in SUFFIXES:
+        what = "pytest takes suites from .yaml and .yml files alone"
+        raise SuiteError(f"-o {shown_path(target)}: {what}: name it {target.stem}.qsa.yaml")
     if target.exists() and not options.force:
         raise InfraError(f"{shown_path(target)} exists: give --force to replace it, or another -o")
     # As if it were read from the file that is to be written: messages and relative paths refer to that one.

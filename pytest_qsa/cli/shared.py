@@ -195,9 +195,15 @@ def _shown(annotation: Any) -> str:
     return str(getattr(annotation, "__name__", annotation))
 
 
+SUFFIXES = (".yaml", ".yml")
+"""The suffixes of suites."""
+
+
 def add_target(parser: argparse.ArgumentParser) -> None:
     """Offer what a command works on, in the same words for all: a suite, a folder or a hub id."""
-    parser.add_argument("target", nargs="?", metavar="TARGET", help="a suite, a checkpoint's folder, or a hub id")
+    parser.add_argument(
+        "target", nargs="?", metavar="TARGET", help="a suite, a checkpoint's folder, a GGUF file, or a hub id"
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="the suite or configuration, instead of TARGET")
 
 
@@ -208,11 +214,13 @@ def source_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> s
         SuiteError: it can't be read.
     """
     if (options.config is None) == (options.target is None):
-        parser.error("name one TARGET: a suite, a checkpoint's folder, or a hub id")
+        parser.error("name one TARGET: a suite, a checkpoint's folder, a GGUF file, or a hub id")
     target = options.config or Path(options.target)
-    if options.config is None and not target.is_file() and target.suffix not in (".yaml", ".yml"):
+    gguf = target.is_file() and target.suffix == ".gguf"
+    if gguf or (options.config is None and not target.is_file() and target.suffix not in SUFFIXES):
+        named = {"path": str(target.parent), "gguf_file": target.name} if gguf else {"path": options.target}
         # Its errors then name the argument in the place of a file.
-        return suite.YamlSource(Path("TARGET"), {"model": {"path": options.target}}, roots=roots_of(options))
+        return suite.YamlSource(Path("TARGET"), {"model": named}, roots=roots_of(options))
     return suite.read_suite(target, roots_of(options))
 
 

@@ -248,7 +248,7 @@ def check_override(override: str, option: str = "--qsa-set ") -> None:
         fields = fields_at(Suite, parts[:index])
         if part not in fields:
             raise SuiteError(
-                f"{option}{override}: there is no key '{'.'.join(parts[: index + 1])}'{did_you_mean(part, fields)}"
+                f"{option}{key}: there is no key '{'.'.join(parts[: index + 1])}'{did_you_mean(part, fields)}"
             )
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from pytest_qsa.cli import main
 from pytest_qsa.suite import suite_schema
-from support.checkpoints import save_adapter
+from support.checkpoints import save_adapter, save_gguf
 from support.projects import Project, peaks, suite
 
 
@@ -69,6 +69,14 @@ def test_a_target_is_a_suite_or_a_checkpoint_in_every_command(llama, tmp_path, c
     assert "nowhere.qsa.yaml" in capsys.readouterr().err
     assert main(["analyze", folder, "--config", str(gate)]) == 4
     assert "name one TARGET" in capsys.readouterr().err
+
+
+def test_a_target_may_be_a_gguf_file(llama, tmp_path, capsys):
+    target = str(save_gguf(tmp_path / "gguf", llama) / "model.gguf")
+    assert main(["layers", target, "down_proj$"]) == 0
+    assert "4 of 57 layers" in capsys.readouterr().out
+    assert main(["analyze", target, "--dry-run", "--save_dir", str(tmp_path)]) == 0
+    assert "dry run" in capsys.readouterr().out
 
 
 def test_layers_lists_the_weights_of_files(int8_llama, tmp_path, capsys):

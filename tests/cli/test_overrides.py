@@ -70,7 +70,7 @@ def test_paths_of_options_are_relative_to_where_one_stands(overridden, tmp_path)
         (["--memory.auto_offload", "perhaps"], "--memory.auto_offload=perhaps: auto_offload: should be a valid bool"),
         (["--outlier.threshold", "-1"], "threshold: should be greater than 0"),
         (["--output.formats", "[pgn]"], "(did you mean 'png'?)"),
-        (["--data.num_sample", "8"], "'data.num_sample'"),
+        (["--data.num_sample", "8"], "--data.num_sample: there is no key 'data.num_sample'"),
         (["--outlier.treshold=8"], "no key 'visualization.outlier.treshold' (did you mean 'threshold'?)"),
         (["--magnitude.patterns", "[x(]"], "'x('"),
     ],

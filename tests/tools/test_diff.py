@@ -201,6 +201,12 @@ def test_decibels_that_are_not_sound_stay_not_finite(old, new):
     assert Change(DiffMeasure("rms", "output"), "x", 1.0, math.inf, 0).text == "not finite"
 
 
+def test_a_checkpoint_is_sent_to_the_command_for_it(qsa, folder):
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
+    assert "checkpoints are compared by `qsa compare`" in qsa("model", "old.qsa")[2]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -208,6 +214,7 @@ def test_decibels_that_are_not_sound_stay_not_finite(old, new):
         ("other.json", '{"a": 1}', "neither a capture"),
         ("list.json", "[]", "neither a capture"),
         ("half.qsa", "broken", "can't be read as a capture"),
+        ("gone.qsa", None, "gone.qsa: can't be read as a capture: No such file or directory\n"),
         ("half.json", report_of([{}]), "a damaged report.json"),
         ("empty.json", report_of([]), "no assertion in it was measured"),
         ("merge.json", '<<<<<<<\n"format": "qsa-baseline/1"', "the baseline can't be read"),

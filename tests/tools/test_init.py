@@ -105,6 +105,15 @@ def test_a_file_that_is_there_stays_without_force(first, int8_llama, monkeypatch
     assert first.read("gate.qsa.yaml") == before
 
 
+def test_a_file_that_pytest_would_not_collect_is_refused_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "nowhere", "-o", "gate.txt", *SMALL]) == 2
+    assert (
+        "-o gate.txt: pytest takes suites from .yaml and .yml files alone: name it gate.qsa.yaml"
+        in capsys.readouterr().err
+    )
+
+
 def test_a_model_that_is_nowhere_leaves_no_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["init", "./nowhere", *SMALL]) == 1

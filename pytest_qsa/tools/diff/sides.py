@@ -137,7 +137,9 @@ def _baselines(path: Path, files: Iterable[Path], subject: str) -> DiffSide:
         tables[measure] = _joined(tables.get(measure), table, seen.get(measure), file)
         seen[measure] = file
     if not tables:
-        raise SuiteError(f"{path}: there is no baseline in this folder" + (f" under '{subject}'" if subject else ""))
+        under = f" under '{subject}'" if subject else ""
+        checkpoint = "; checkpoints are compared by `qsa compare`" if (path / "config.json").is_file() else ""
+        raise SuiteError(f"{path}: there is no baseline in this folder{under}{checkpoint}")
     return DiffSide(shown_path(path), facts, tables)
 
 

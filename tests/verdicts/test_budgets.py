@@ -42,7 +42,7 @@ def test_a_scheme_is_that_of_the_layer_or_of_what_is_in_it():
     assert highs({"scheme:w8a8_int": 1.0, "scheme:w8a8_fp": 2.0, "default": 9.0}) == [1, 2, 9, 9]
     assert scheme_of("model.layers.2.mlp.down_proj", SCHEMES) == "w4a16_int"
     assert scheme_of("model.layers.2.mlp", SCHEMES) == "mixed"
-    assert scheme_of("model.layers.22", {"model.layers.2.x": "w8a8_int"}) == "none"
+    assert scheme_of("model.layers.2", {"model.layers.22.x": "w8a8_int"}) == "none"
 
 
 def test_an_empty_pattern_is_a_group_of_all_layers():

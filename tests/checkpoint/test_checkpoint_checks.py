@@ -286,6 +286,28 @@ def test_a_layer_that_is_quantized_against_ignore_is_found(quantized, tmp_path):
     ]
 
 
+def test_codes_that_the_declared_bits_can_not_hold_are_found(quantized, tmp_path):
+    def config(settings):
+        settings["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 4
+
+    series, findings = problems_of(
+        Files(open_folder(edited(quantized["int8"], tmp_path / "faulty", config=config))), "checkpoint_formats"
+    )
+    assert {each.what.partition(", but ")[2] for each in findings} == {"4 bits hold -8 to 7"}
+    assert layers(findings) == set(series.layers)
+
+
+def test_a_base_of_the_rope_that_loaders_read_differently_is_found(llama, tmp_path):
+    """transformers 5 takes what rope_parameters has; llama.cpp's converter and older servers the key beside it."""
+    base = json.loads((llama / "config.json").read_text())["rope_parameters"]["rope_theta"]
+    for theta, wrong in ((base, []), (base / 2, ["rope_theta"])):
+        folder = edited(
+            llama, tmp_path / f"{theta}", config=lambda settings, theta=theta: settings.update(rope_theta=theta)
+        )
+        assert [each.tensor for each in found(folder, "checkpoint_settings", reference=llama)] == wrong
+        assert found(folder, "checkpoint_settings", reference=folder) == []
+
+
 def test_a_head_that_is_missing_without_ties_is_found(llama, tmp_path):
     findings = found(edited(llama, tmp_path / "faulty", lambda weights: weights.pop("lm_head.weight")))
     assert [finding.tensor for finding in findings] == ["lm_head.weight"]

@@ -97,6 +97,7 @@ def changed_settings(folder: Folder, reference: Folder, resolve: Resolve = unres
         yield from changed_tokenizer(folder, reference)
         return
     yield from _config(folder, reference, resolve)
+    yield from _ropes_of_two_bases(folder, reference)
     yield from _narrower(folder, reference)
     with refusing_odd_settings(f"{folder.path / GENERATION}: a setting"):
         yield from _generation(folder, reference)
@@ -133,6 +134,24 @@ def _config(folder: Folder, reference: Folder, resolve: Resolve) -> Iterator[Fin
             ]
             what, note = f"{texts[0]}; in the reference {texts[1]}", OF_TRAINING.fullmatch(key) is not None
             yield Finding(CONFIG, key, CONFIG, what, RESTORE, note=note)
+
+
+def _ropes_of_two_bases(folder: Folder, reference: Folder) -> Iterator[Finding]:
+    """Yield a base of the rope that two keys state otherwise: which counts depends on the loader."""
+    theirs = {name: section.get("rope_theta") for name, section in _sections(reference.config)}
+    for name, section in _sections(folder.config):
+        rope, outer = section.get("rope_parameters"), section.get("rope_theta")
+        inner = rope.get("rope_theta") if isinstance(rope, Mapping) else None
+        if None in (outer, inner) or same(outer, inner) or same(outer, theirs.get(name)):
+            continue
+        what = f"{outer}, and rope_parameters has {inner}: transformers 5 reads the latter, older loaders the former"
+        yield Finding(CONFIG, f"{name}rope_theta", CONFIG, what, "leave one of the two out")
+
+
+def _sections(config: Settings) -> Iterator[tuple[str, Settings]]:
+    """Yield a configuration and its sections, each with what stands before its keys."""
+    yield "", config
+    yield from ((f"{key}.", value) for key, value in config.items() if isinstance(value, Mapping))
 
 
 def _gguf_config(folder: Folder, reference: Folder) -> Iterator[Finding]:

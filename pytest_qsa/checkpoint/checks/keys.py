@@ -6,9 +6,12 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 
+import numpy as np
+
 from ..folder import NUMBER, Finding, Folder
 from ..formats.format import Format
-from ..tensors import FLOATS, Tensor, layer_of
+from ..formats.scheme import LayerScheme
+from ..tensors import FLOATS, Tensor, element_count, layer_of
 
 SAME_KIND = 0.7
 """Two blocks that share this much of their keys are of one kind: the keys that differ are then a fault."""
@@ -193,6 +196,19 @@ def _against_config(form: Format, layer: str) -> Iterator[Finding]:
         what = f"stored as {codes.dtype}, but {scheme.form} with {scheme.bits} bits is stored as {scheme.dtypes[0]}"
         advice = "correct the format of its config group, or quantize the layer again"
         yield Finding.at(codes, what, advice)
+    elif what := _beyond_bits(form, layer, codes, scheme):
+        yield Finding.at(codes, what, "correct num_bits, or quantize the layer again")
+
+
+def _beyond_bits(form: Format, layer: str, codes: Tensor, scheme: LayerScheme) -> str:
+    """Say which codes of a byte each the declared bits can't hold, by a sample of the rows; empty for none."""
+    if codes.dtype != "I8" or codes.part != "weight" or not 0 < scheme.bits < 8 or not element_count(codes):
+        return ""
+    values, most = form.words(layer, codes)[0].view(np.int8), 1 << (scheme.bits - 1)
+    low, high = int(values.min()), int(values.max())
+    if -most <= low and high < most:
+        return ""
+    return f"codes from {low} to {high}, but {scheme.bits} bits hold {-most} to {most - 1}"
 
 
 def _against_siblings(form: Format) -> Iterator[Finding]:

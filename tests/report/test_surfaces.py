@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 
@@ -99,3 +101,34 @@ def test_a_surface_changes_with_the_layer_the_scale_and_the_theme(page):
     page.locator(".surface select").select_option("model.layers.1")
     page.get_by_text("largest: |x| 500 at token 15, channel 21").wait_for()
     assert page.locator("canvas").get_attribute("aria-label").startswith("|x| of model.layers.1 over 20 tokens")
+
+
+WRITTEN = """() => new Promise((done) => {
+  const written = [], paper = CanvasRenderingContext2D.prototype, plain = paper.fillText;
+  paper.fillText = function (text, x, y) {
+    const width = this.measureText(text).width;
+    const left = { left: x, center: x - width / 2, right: x - width }[this.textAlign];
+    written.push([left, left + width, y]);
+    plain.call(this, text, x, y);
+  };
+  for (const key of ["ArrowLeft", "ArrowRight"])
+    document.querySelector(".surface canvas").dispatchEvent(new KeyboardEvent("keydown", { key }));
+  requestAnimationFrame(() => requestAnimationFrame(() => done(written)));
+})"""
+"""Draws a surface again as it is; returns left, right and baseline of each text on it [px]."""
+
+
+@pytest.mark.process
+@pytest.mark.browser
+def test_no_two_numbers_on_a_surface_meet_on_a_phone(tmp_path, opened_page):
+    maps = {"model.layers.0": np.ones((512, 576), dtype=np.float32)}
+    surfaces = [GallerySurface("Heat maps", "heatmap_3d", surface_data(maps, (512, 576), (30, 45)))]
+    html = render_gallery(Gallery("Analysis of x", {}, {"Heat maps": []}, surfaces=surfaces))
+    (tmp_path / "page.html").write_text(html, encoding="utf-8")
+    written = opened_page(tmp_path / "page.html", width=390).evaluate(WRITTEN)
+
+    assert len(written) == 7  # two ends and a name of each axis, and the peak
+    assert not [
+        (one, other) for one, other in combinations(written, 2)
+        if one[0] < other[1] + 2 and other[0] < one[1] + 2 and abs(one[2] - other[2]) < 11
+    ]  # fmt: skip

@@ -87,17 +87,21 @@ ready(() => {
       quads.forEach((quad) => { quad.at = points[quad.corners[0]]; });
       paper.fillStyle = style.getPropertyValue("--quiet");
       paper.font = "11px system-ui, sans-serif";
-      paper.textAlign = "center";
-      const write = (text, [x, y], down = 14) => paper.fillText(text, Math.min(Math.max(x, 34), width - 34), Math.min(y + down, tall - 3));
+      const write = (text, [x, y], down = 14, align = "center") => {
+        paper.textAlign = align;
+        paper.fillText(text, Math.min(Math.max(x, 34), width - 34), Math.min(y + down, tall - 3));
+      };
       // The two edges of the floor that are nearest to the eye carry the axes.
       const nearer = (a, b) => (a[2] < b[2] ? 0 : 1);
       const front = nearer(corner(0.5, 0, 0), corner(0.5, 1, 0));
       const side = nearer(corner(0, 0.5, 0), corner(1, 0.5, 0));
       [["channel", data.channels, (at) => corner(at, front, 0)], ["token", data.tokens, (at) => corner(side, at, 0)]]
         .forEach(([name, count, place]) => {
-          write("0", place(0.06));
+          // Away from the corner that both edges share, or their numbers meet there on a phone.
+          const outwards = place(0.5)[0] < width / 2 ? "right" : "left";
+          write("0", place(0.06), 14, outwards);
           write(`${name} →`, place(0.5), 20);
-          write(String(count), place(0.94));
+          write(String(count), place(0.94), 14, outwards);
         });
       const post = [[0, 0], [1, 0], [1, 1], [0, 1]].map(([x, y]) => [corner(x, y, 0), corner(x, y, 1)])
         .sort((a, b) => a[0][0] - b[0][0])[0];

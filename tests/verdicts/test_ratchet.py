@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from pytest_qsa import Capture
-from pytest_qsa.verdicts.budgets import tighter
+from pytest_qsa.verdicts.budgets import patch_of, tighter
 from support.projects import Project, peaks, suite
 
 BASE = """\
@@ -50,6 +50,15 @@ assertions:
 )
 def test_a_proposal_is_rounded_away_from_the_values_and_only_ever_tighter(side, bound, nearest, proposed):
     assert tighter(side, bound, nearest) == proposed
+
+
+def test_of_two_equal_numbers_on_a_line_neither_is_changed(tmp_path):
+    (tmp_path / "a.yaml").write_text("a: {max: {default: 5}, min: {default: 5}}\nb: {max: 7}\n")
+    limit = {"path": str(tmp_path / "a.yaml"), "line": 1, "side": "max", "key": "default", "bound": 5.0, "nearest": 2.0}
+    assert patch_of([limit], tmp_path) == ""
+    assert "\n-b: {max: 7}\n+b: {max: 2}\n" in patch_of(
+        [limit, {**limit, "line": 2, "key": "max", "bound": 7.0}], tmp_path
+    )
 
 
 @pytest.fixture(scope="module")

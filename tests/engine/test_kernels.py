@@ -9,6 +9,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from pytest_qsa.captures import ALL_STATISTICS
+from pytest_qsa.engine.reduce import storage
 from pytest_qsa.engine.reduce.observer import Reducers, StreamObserver
 from pytest_qsa.engine.reduce.pairs import powers_of
 from support import models
@@ -127,12 +128,15 @@ def test_what_no_kernel_does_by_its_address_is_left_to_the_others():
     assert not StreamObserver(statistics("tokens")).repeat(x.double(), 0, 0)
 
 
-def test_whole_samples_of_several_lengths_keep_their_own():
+@pytest.mark.parametrize("lengths", [(40, 7, 7, 40), (7, 7, 7, 7), (9, 9, 9, 9)], ids=str)
+def test_whole_samples_of_any_lengths_keep_their_own_in_the_order_of_their_numbers(lengths, monkeypatch):
+    monkeypatch.setattr(storage, "SIZE", 4096)  # so that they lie in several maps
     wanted, x = statistics("tokens", "counts"), torch.randn(1, 40, 6).bfloat16()
     fast, slow = (StreamObserver(wanted, Reducers(fused)) for fused in (True, False))
-    for sample, length in enumerate((40, 7, 7, 40)):
-        assert fast.repeat(x[:, :length], sample, 0)
-        slow.add(x[:, :length], [None], [sample], 0, token_axis=True)
+    for sample, length in zip((2, 0, 3, 1), lengths, strict=True):
+        part = (x[:, :length] * (sample + 1)).contiguous()
+        assert fast.repeat(part, sample, 0)
+        slow.add(part, [None], [sample], 0, token_axis=True)
     found, expected = (each.numbers(wanted).to_arrays()[0] for each in (fast, slow))
     assert {name: array.tobytes() for name, array in found.items()} == {
         name: array.tobytes() for name, array in expected.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Protocol
@@ -18,7 +18,7 @@ from ...captures import EXPERTS, LAYOUTS, Array, InRange, SiteNumbers, Statistic
 from ...common import InfraError
 from ..modules import Routing
 from .reductions import Plan
-from .storage import Accumulator, Arena, Transfer, Window, floats_of, joined_records
+from .storage import Accumulator, Arena, Column, Transfer, Window, floats_of, joined_records, table_of_records
 from .torch_ops import TorchReducer
 
 
@@ -93,6 +93,8 @@ class Owners:
         self.order: list[int] = order.tolist()
         self.sample, self.call = table[order, 0].astype(np.int32), table[order, 1].astype(np.int32)
         self.lengths = table[order, 2]
+        # The one length of all rows, where they have one.
+        self.length = int(self.lengths[0]) if len(order) and np.ptp(self.lengths) == 0 else None
 
 
 @cache
@@ -251,18 +253,15 @@ class StreamObserver:
         )
 
     def _arrays_of(self, kept: Accumulator, owners: Owners, fetch: Transfer) -> dict[str, Array]:
-        ordered = {name: [fetch(rows[index]) for index in owners.order] for name, rows in kept.rows.items()}
-        return self._arrays_of_rows(ordered, owners) | self._arrays_of_sums(kept, fetch)
-
-    def _arrays_of_rows(self, ordered: Mapping[str, list[Array]], owners: Owners) -> dict[str, Array]:
         arrays: dict[str, Array] = {}
-        for name, rows in ordered.items():
+        for name, rows in kept.rows.items():
             if name == "tokens":
-                maxima, arrays["peaks"], arrays["peak_channels"] = joined_records(rows, owners.lengths.tolist())
+                maxima, arrays["peaks"], arrays["peak_channels"] = _records_of(rows, owners)
                 arrays["token_max"] = floats_of(maxima, self.dtype)
             else:
-                arrays[name] = LAYOUTS[name.partition("/")[0]].join(rows)
-        return arrays
+                ordered = [fetch(rows[index]) for index in owners.order]
+                arrays[name] = LAYOUTS[name.partition("/")[0]].join(ordered)
+        return arrays | self._arrays_of_sums(kept, fetch)
 
     def _arrays_of_sums(self, kept: Accumulator, fetch: Transfer) -> dict[str, Array]:
         arrays: dict[str, Array] = {}
@@ -274,6 +273,13 @@ class StreamObserver:
             else:
                 arrays[name] = np.array(fetch(pooled))  # a copy: the pass may go on
         return arrays
+
+
+def _records_of(rows: Column, owners: Owners) -> tuple[Array, NDArray[np.int32], NDArray[np.int32]]:
+    """Return what `joined_records` does of the records of a site, in the order of its owners."""
+    if owners.length is not None and (table := rows.table(owners.order)) is not None:
+        return table_of_records(table, owners.length)
+    return joined_records([rows[index] for index in owners.order], owners.lengths.tolist())
 
 
 def _sparse(counts: Array) -> tuple[NDArray[np.uint16], Array]:

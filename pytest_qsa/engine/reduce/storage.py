@@ -93,6 +93,16 @@ class Arena:
         begin = offset - self._starts[index]
         return self._maps[index][begin : begin + size]
 
+    def gather(self, offsets: Iterable[int], size: int) -> NDArray[np.uint8]:
+        """Return a copy of `size` bytes, 1 or more, at each of some offsets, [n, size]."""
+        # Slices of memory and one join: a view by numpy of each piece costs five times as much.
+        maps, pieces = [each.data for each in self._maps], []
+        for offset in offsets:
+            index = bisect_right(self._starts, offset) - 1
+            begin = offset - self._starts[index]
+            pieces.append(maps[index][begin : begin + size])
+        return np.frombuffer(bytearray().join(pieces), dtype=np.uint8).reshape(-1, size)
+
     def _prepare(self, size: int) -> int:
         """Fault in pages for `size` bytes; return their offset in the map."""
         if self._used + size > len(self._map):
@@ -151,6 +161,13 @@ class Column:
     def append(self, values: Array) -> None:
         """Copy a population's values."""
         self.room(values.size)[:] = values.ravel()
+
+    def table(self, order: Sequence[int]) -> Array | None:
+        """Return a copy of the flat arrays of populations in an order, [n, size]; None where their sizes differ."""
+        sizes = {*self._sizes}
+        if len(sizes) != 1 or 0 in sizes:
+            return None
+        return self._arena.gather([self._offsets[index] for index in order], *sizes).view(self._dtype)
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -407,12 +424,13 @@ def joined_records(
     records: Sequence[Array], lengths: Sequence[int]
 ) -> tuple[Array, NDArray[np.int32], NDArray[np.int32]]:
     """Return the maxima of all records, [Σ T], and their peaks with the channels of these, [n, K] each; −1 for none."""
-    # The usual case, samples of one length, needs no loop over the records.
-    if len({*lengths}) == 1 and len({*map(len, records)}) == 1:
-        table = np.stack(records)
-        pairs = np.ascontiguousarray(table[:, lengths[0] + lengths[0] % 2 :]).view(np.int32)
-        peaks, channels = pairs[:, : pairs.shape[1] // 2], pairs[:, pairs.shape[1] // 2 :]
-        return table[:, : lengths[0]].ravel(), peaks.copy(), channels.copy()
     found = [peaks_of(record, length) for record, length in zip(records, lengths, strict=True)]
     maxima = [maxima_of(record, length) for record, length in zip(records, lengths, strict=True)]
     return np.concatenate(maxima), padded([pair[0] for pair in found]), padded([pair[1] for pair in found])
+
+
+def table_of_records(table: Array, length: int) -> tuple[Array, NDArray[np.int32], NDArray[np.int32]]:
+    """Return what `joined_records` does, of records of one length [n, size]: the usual case, without a loop."""
+    pairs = np.ascontiguousarray(table[:, length + length % 2 :]).view(np.int32)
+    count = pairs.shape[1] // 2
+    return table[:, :length].ravel(), pairs[:, :count].copy(), pairs[:, count:].copy()

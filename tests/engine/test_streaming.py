@@ -108,7 +108,7 @@ def test_a_quantized_kv_cache_is_rounded_alike_in_a_streamed_pass(folders):
     assert ("model.layers.3", "output") in differing(plain, streamed)
 
 
-@pytest.mark.parametrize("name", ["llama", "tied", "t5", "bert"])
+@pytest.mark.parametrize("name", ["llama", "tied", "t5", "bert", "albert"])
 def test_each_weight_is_read_once_however_many_samples_pass(folders, name):
     _, stream = captured(folders(name), samples=5)
     assert stream.shards.bytes_read <= size_of(folders(name))

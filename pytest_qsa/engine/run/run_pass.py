@@ -285,7 +285,10 @@ def rehearse(model: nn.Module, statistics: SiteStatistics, batch: Batch) -> None
             with torch.no_grad(), hooked(rehearsal), _without_data(model, quick=quick):
                 run_batch(model, empty[""] if isinstance(batch, Tensor) else empty, torch.device("meta"))
             rehearsal.forward_ended(forward)
-            break
+            if not quick or max(forward.calls.values(), default=0) < 2:
+                break
+            # A second call may unshare a tensor, and what the two kinds share across a block's bounds is not seen.
+            quick = False
         # A rehearsal can find a sharing wrong, as a pass can: a layer's second call may get another tensor.
         except Restart:
             continue

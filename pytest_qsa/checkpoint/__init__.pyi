@@ -8,7 +8,11 @@ from .checks.health import (
     problems_of as problems_of,
     query_of_check as query_of_check,
 )
-from .checks.parts import SEVERAL_TOKENS as SEVERAL_TOKENS, of_several_tokens as of_several_tokens
+from .checks.parts import (
+    SEVERAL_TOKENS as SEVERAL_TOKENS,
+    is_uncounted as is_uncounted,
+    of_several_tokens as of_several_tokens,
+)
 from .checks.scales import FUSED_LAYERS as FUSED_LAYERS, WHOLE_SCALES as WHOLE_SCALES, misfits as misfits
 from .checks.shards import unread_index as unread_index
 from .experts import (

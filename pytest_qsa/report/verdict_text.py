@@ -337,13 +337,25 @@ def annotation_lines(results: Sequence[PlainVerdict], suite_errors: Sequence[str
         if match := _SUITE_ERROR.search(text):
             yield command("error", match["file"], match["line"], "wrong suite", match["text"])
     for level, chosen in (
-        ("error", [result for result in results if result["failed"]]),
+        ("error", _failed(results)),
         ("warning", [result for result in results if result["kind"] == "WARNED"]),
     ):
         for result in chosen[:MOST_ANNOTATIONS]:
             file, _, line = result["where"].rpartition(":")
             message = "\n".join(text for text in (result["headline"], result["reason"], result["command"]) if text)
-            yield command(level, file or result["where"], line, f"{result['kind']} {result['id']}", message)
+            title = f"{result['kind']} {result['id']}{_on(result, results)}"
+            yield command(level, file or result["where"], line, title, message)
+
+
+def _failed(results: Sequence[PlainVerdict]) -> list[PlainVerdict]:
+    """Return what failed, those last that only name another's reason: a list that is cut shows the reasons."""
+    return sorted((result for result in results if result["failed"]), key=lambda result: bool(result.get("told_by")))
+
+
+def _on(result: PlainVerdict, results: Sequence[PlainVerdict]) -> str:
+    """Return the subject of a result where there are several, as `on NAME`."""
+    several = len({each["subject"] for each in results}) > 1
+    return f" on {result['subject']}" if several and result["subject"] else ""
 
 
 def command(level: str, file: str, line: str, title: str, message: str) -> str:
@@ -390,11 +402,12 @@ def step_summary(results: Sequence[PlainVerdict], remarks: Sequence[tuple[str, s
 
     `remarks`: pairs of a level, "warning" or "note", and a text; they stand below what failed.
     """
-    failed = [result for result in results if result["failed"]]
+    failed = _failed(results)
     order = list(_SIGNS)
     ordered = sorted(results, key=lambda result: order.index(result["kind"]))
     lines = [f"## {'❌' if failed else '✅'} qsa: {len(results) - len(failed)} of {len(results)} assertions hold", ""]
-    lines += [f"- {code_span(result['id'])}: {code_span(result['headline'])}" for result in failed[:MOST_FINDINGS]]
+    first = [(f"{result['id']}{_on(result, results)}", result["headline"]) for result in failed[:MOST_FINDINGS]]
+    lines += [f"- {code_span(name)}: {code_span(headline)}" for name, headline in first]
     lines += [f"- … and {len(failed) - MOST_FINDINGS} more"] if failed[MOST_FINDINGS:] else []
     lines += [""] if failed else []
     lines += [f"- {_LEVELS[level]} {code_span(text)}" for level, text in remarks] + [""] * bool(remarks)

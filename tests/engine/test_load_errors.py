@@ -412,7 +412,7 @@ UNDECLARED = {
         r"files hold weight \(U8 32×64\), weight_scale .*: int-quantized is declared, which is stored as I8; correct",
     ),
     "a part of bitsandbytes, dropped": (
-        "float", {"change": with_state}, AnomalyError, r"SCB; the codes of a weight mean nothing without them",
+        "float", {"change": with_state}, AnomalyError, r"SCB; config.json has no quantization_config",
     ),
 }  # fmt: skip
 
@@ -461,6 +461,15 @@ def test_a_head_of_several_tokens_that_is_promised_stops_no_load(llama, tmp_path
     check("promised")
     with pytest.raises(AnomalyError, match=f"holds 1 tensor that .* has no place for, and that loading drops: {key}"):
         check("not")
+
+
+def test_what_a_wrong_configuration_makes_a_loader_drop_is_told_by_the_configuration(llama, int8_llama, tmp_path):
+    fewer = edited(llama, tmp_path / "fewer", config=lambda config: config.update(num_hidden_layers=3))
+    with pytest.raises(AnomalyError, match=r"config\.json counts 3 blocks by num_hidden_layers: correct it"):
+        load(fewer)
+    undeclared = edited(int8_llama, tmp_path / "none", config=lambda config: config.pop("quantization_config"))
+    with pytest.raises(AnomalyError, match="has no quantization_config, so that codes are taken for weights"):
+        load(undeclared)
 
 
 def name_own_code(folder):

@@ -219,6 +219,13 @@ def test_github_gets_no_more_annotations_than_it_shows():
     assert [line[:4] for line in lines] == ["::er"] * 10 + ["::wa"] * 10
 
 
+def test_a_failure_that_only_names_anothers_reason_takes_no_place_in_a_list_that_is_cut():
+    told = [result_of(id="told", told_by="x::first", subject=f"m{index}") for index in range(12)]
+    results = [*told, result_of(id="reason", subject="other")]
+    assert "title=REGRESSION reason on other::" in next(annotation_lines(results))
+    assert comment(results).splitlines()[2] == "- `reason on other`: `h`"
+
+
 def test_a_summary_is_cut_below_githubs_limit_whatever_another_tool_wrote_before(tmp_path):
     path = tmp_path / "summary.md"
     path.write_text("x" * 400_000)

@@ -146,6 +146,15 @@ def of_several_tokens(folder: Folder, tensor: str) -> bool:
     return bool(apart and _several_key(folder))
 
 
+def is_uncounted(folder: Folder, tensor: str) -> bool:
+    """Say whether a tensor is of a block behind the last one that the configuration counts, and the first has it too.
+
+    A head of several tokens has other tensors.
+    """
+    alike = BLOCK.sub(lambda found: f"{found['stem']}layers.0.", tensor, count=1)
+    return _beyond(tensor, folder.text_config.get("num_hidden_layers")) and alike in folder.tensors
+
+
 def _several_key(folder: Folder) -> str:
     """Return the key by which the configuration promises a head of several tokens; empty if it doesn't."""
     keys = (NEXTN, "mtp_num_hidden_layers")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...captures import found_by
-from ...checkpoint import INDEX, SIGNS, Format, format_of, layer_of, of_several_tokens, open_folder
+from ...checkpoint import INDEX, SIGNS, Format, format_of, is_uncounted, layer_of, of_several_tokens, open_folder
 from ...common import AnomalyError, InfraError, QsaError, UnloadableFormatError, counted
 from ...suite import Model
 
@@ -102,6 +102,11 @@ def check_complete(spec: Model, path: str, name: str, info: dict[str, Any]) -> N
     many = counted(len(unexpected), "tensor")
     if all(_is_tied(form, layer_of(key)) for key in unexpected):
         advice = "config.json ties this head to the embeddings: leave it out, or set tie_word_embeddings to false"
+    elif all(is_uncounted(form.folder, key) for key in unexpected):
+        stated = form.folder.text_config["num_hidden_layers"]
+        advice = f"config.json counts {counted(stated, 'block')} by num_hidden_layers: correct it"
+    elif form.name == "none" and any(_belongs_to_quantization(form, key) for key in unexpected):
+        advice = "config.json has no quantization_config, so that codes are taken for weights: restore it"
     elif all(_undeclared(form, layer_of(key)) for key in unexpected):
         advice = "the quantization_config of config.json leaves these layers out, and they hold codes"
     elif any(_belongs_to_quantization(form, key) for key in unexpected):

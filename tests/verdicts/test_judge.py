@@ -59,6 +59,13 @@ def test_a_bound_that_holds_says_what_came_nearest():
     assert [row.layer for row in verdict.rows] == ["layers.1", "layers.2", "layers.0"]
 
 
+def test_of_layers_with_bounds_of_their_own_the_nearest_has_used_most_of_its_own():
+    verdict = verdict_of(
+        Measurement(capture_of([[0, 90], [0, 0.5]]), no_baseline), max={r"layers\.0$": 100, "default": 1}
+    )
+    assert verdict.headline.endswith("nearest layers.0: 90 (90% of what is allowed)")
+
+
 def test_an_exceeded_bound_names_the_worst_layer_and_the_first_one():
     verdict = verdict_of(max=3)
     assert verdict.kind is Kind.REGRESSION

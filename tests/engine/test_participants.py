@@ -20,7 +20,8 @@ from pytest_qsa.engine.reference.live import LiveReference
 from pytest_qsa.engine.reference.pair_statistics import run_rows
 from pytest_qsa.engine.run.observed_execution import rounds_inputs
 from pytest_qsa.engine.run.participant import Need, Participant, Restart
-from pytest_qsa.engine.run.run_pass import rehearse, run_pass
+from pytest_qsa.engine.run.rehearsal import rehearse
+from pytest_qsa.engine.run.run_pass import run_pass
 from pytest_qsa.engine.run.site_statistics import SiteStatistics
 from pytest_qsa.engine.subject import capture_loaded
 from pytest_qsa.suite import Data, Memory, Subject

@@ -52,7 +52,8 @@ from ..modules import (
 from ..reduce.pairs import powers_of
 from ..run.decode import run_forward
 from ..run.participant import Forward, Participant, Pass, WantedSites
-from ..run.run_pass import forwards_of, rehearse, run_in_turn
+from ..run.rehearsal import rehearse
+from ..run.run_pass import forwards_of, run_in_turn
 from ..run.site_statistics import SiteStatistics, hooked
 from ..stream.stream import Stream
 from .experts import ExpertErrors

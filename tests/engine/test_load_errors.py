@@ -260,7 +260,7 @@ TENSORS = {
     reshaped: (AnomalyError, r"weight is \[3, 4\], and LlamaForCausalLM as it is loaded here wants \[32, 64\]"),
     lost: (AnomalyError, r"model\.safetensors lacks 1 weight of LlamaForCausalLM, which would be random numbers"),
     added: (AnomalyError, r"extra; name them in model\.allow_unexpected"),
-    scale_added: (AnomalyError, "weight_scale; the codes of a weight mean nothing without them"),
+    scale_added: (AnomalyError, "weight_scale; config.json has no quantization_config, so that codes are taken for"),
 }
 
 

@@ -28,7 +28,6 @@ from PIL import Image
 from ...captures import Capture, PositionRange, Site
 from ...common import counted, write_atomically
 from ...metrics import PlainQuery
-from .ticks import PlainFigure
 
 DPI = 120
 FIGURE_WIDTH = 9.0
@@ -86,7 +85,7 @@ def styled(function: Callable[P, R]) -> Callable[P, R]:
 def new_figure(height: float) -> Figure:
     """Return an empty figure on an Agg canvas, without pyplot."""
     # pyplot would choose a backend for the machine's display, and keep every figure until it is closed.
-    figure = PlainFigure(figsize=(FIGURE_WIDTH, height), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(FIGURE_WIDTH, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)  # type: ignore[union-attr, call-arg]
     return figure

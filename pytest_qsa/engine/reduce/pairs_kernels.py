@@ -182,23 +182,11 @@ def _value_any(row, at):
     return _value32
 
 
-def _base16(row, at):
-    return 0.0 if abs(_value(row, at)) <= _KNOWN else _value(row, at)
-
-
-def _base32(row, at):
-    return _value(row, at)
-
-
+@_inner
 def _base(row, at):
     """Return what the values of a row are raised without, whose largest is at a place: as `_raise` takes it."""
-
-
-@overload(_base)
-def _base_any(row, at):
-    if row.dtype == types.uint16:
-        return _base16
-    return _base32
+    value = _value(row, at)
+    return 0.0 if row.itemsize == 2 and abs(value) <= _KNOWN else value
 
 
 def _raise16(row, logits, base, raised, found, powers, exponents):

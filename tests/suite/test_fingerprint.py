@@ -4,12 +4,13 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from importlib import metadata
 
 import pytest
 
 from pytest_qsa.captures import Capture
-from pytest_qsa.suite import Data, FileHashes, Memory, Model, Subject, fingerprint_of, identified
+from pytest_qsa.suite import Data, FileHashes, Memory, Model, Subject, fingerprint as module, fingerprint_of, identified
 
 
 def subject_of(folder, **changed):
@@ -114,6 +115,21 @@ def test_a_hash_that_was_begun_is_that_of_the_file_as_it_is_when_it_is_asked_for
     ]
     assert hashes.remembers(kept)
     assert hashes.remembers(edited)
+
+
+def test_a_file_whose_hash_was_begun_is_read_once_by_a_thread_of_its_own(tmp_path, monkeypatch):
+    file, readers, read = tmp_path / "weights.safetensors", [], module._stamp_and_digest
+    file.write_bytes(bytes(2 << 20))
+
+    def noted(file):
+        readers.append(threading.current_thread().name)
+        return read(file)
+
+    monkeypatch.setattr(module, "_stamp_and_digest", noted)
+    hashes = FileHashes(None)
+    hashes.begin([file])
+    assert hashes.of(file) == hashes.of(file) == hashlib.sha256(bytes(2 << 20)).hexdigest()
+    assert [name.partition("_")[0] for name in readers] == ["qsa-hashes"]
 
 
 def beside(own, reference):

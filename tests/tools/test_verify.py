@@ -59,6 +59,37 @@ def verify(passed, capsys, monkeypatch, tmp_path):
     return run
 
 
+NOTED = """\
+from pathlib import Path
+
+from pytest_qsa.suite import fingerprint
+
+hashed = fingerprint._stamp_and_digest
+
+
+def noted(file):
+    with Path(__file__).with_name("hashed.txt").open("a") as notes:
+        notes.write(f"{file.name}\\n")
+    return hashed(file)
+
+
+fingerprint._stamp_and_digest = noted
+"""
+"""A conftest that notes each file whose content is hashed."""
+
+
+def test_a_run_without_a_cache_hashes_the_weights_once_for_its_captures_and_its_report(tmp_path):
+    project = Project(tmp_path / "project")
+    save_llama(project.folder / "llama", width=256)  # above the size from which a hash is remembered
+    project.write("conftest.py", NOTED)
+    project.write(
+        "a.qsa.yaml", suite("llama", r"id: finite, metric: nonfinite, layers: 'layers\.\d$', site: output, max: 0")
+    )
+    run = project.pytest("--qsa-report=always", "--qsa-no-cache")
+    assert run.code == 0, run.out
+    assert (project.folder / "hashed.txt").read_text().split().count("model.safetensors") == 1
+
+
 def test_what_passed_is_verified_wherever_it_lies(verify):
     code, out, err = verify("--suite=a.qsa.yaml", "--suite=b.qsa.yaml")
     assert (code, err) == (0, [])
